@@ -1,0 +1,69 @@
+# Every command of the project. `make` alone lists them; whichever comes first sets up .venv/ by itself.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+# Threads that spin while they wait slow a two-core machine by tens of times as soon as anything else runs.
+export OMP_WAIT_POLICY := passive
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The first interpreter that is new enough; PYTHON=... chooses another.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$python -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo $$python; break; fi; done)
+VENV_PYTHON := .venv/bin/python
+STAMP := .venv/.installed
+
+# Two processes, one thread each: a file's tests stay together, so that its fixtures are made once.
+PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+
+.PHONY: help setup demo test check lint format types gpu-test bench clean
+
+help: ## list the commands
+	@echo "lowrank_train: train language models in little memory"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make the environment in .venv/
+
+$(STAMP): pyproject.toml requirements.lock
+	@if ! $(VENV_PYTHON) -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then \
+		if ! "$(PYTHON)" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then \
+			echo "Python 3.11 or newer is needed; $(or $(PYTHON),python3) is: $$($(or $(PYTHON),python3) --version 2>&1 || true)." \
+				"Install one, or name it: make setup PYTHON=/path/to/python3" >&2; exit 1; fi; \
+		"$(PYTHON)" -m venv --clear .venv || { \
+			echo "$(PYTHON) cannot make a virtual environment (Debian and Ubuntu: install python3-venv)." >&2; exit 1; }; fi
+	$(VENV_PYTHON) -m pip install --quiet -c requirements.lock -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## train the default recipe: a small LLaMA on Shakespeare, on the CPU
+	$(VENV_PYTHON) train.py
+
+test: $(STAMP) ## run the tests
+	$(PYTEST)
+
+check: lint types test ## everything CI runs: lint, format, types, spelling, tests
+
+lint: $(STAMP) ## check style, format and spelling
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	.venv/bin/codespell
+
+format: $(STAMP) ## put the code into its format
+	$(VENV_PYTHON) -m ruff check --fix-only .
+	$(VENV_PYTHON) -m ruff format .
+
+types: $(STAMP) ## check the types
+	$(VENV_PYTHON) -m mypy
+
+gpu-test: $(STAMP) ## run the tests that need a GPU
+	$(VENV_PYTHON) -m pytest -m gpu
+
+bench: $(STAMP) ## time the optimizer step and the refresh of the subspace
+	$(VENV_PYTHON) -m benchmarks.step_time
+	$(VENV_PYTHON) -m benchmarks.refresh
+
+clean: ## remove the environment and caches; runs stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
