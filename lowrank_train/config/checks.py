@@ -1,0 +1,289 @@
+"""Rules that tie keys together or bound their values; all of them are tried, and nothing is loaded."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowrank_train.config.schema import RunConfig
+
+TASKS_WITH_RUN = ("export", "generate", "evaluate")
+
+# key -> (smallest value, whether that value itself is allowed)
+LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
+    "seed": (0, True),
+    "model.hidden_size": (1, True),
+    "model.intermediate_size": (1, True),
+    "model.num_hidden_layers": (1, True),
+    "model.num_attention_heads": (1, True),
+    "model.num_key_value_heads": (1, True),
+    "model.vocab_size": (1, True),
+    "model.max_position_embeddings": (1, True),
+    "model.rms_norm_eps": (0, False),
+    "model.rope_theta": (0, False),
+    "model.initializer_range": (0, False),
+    "model.loss_chunk_tokens": (0, True),
+    "data.seq_len": (2, True),  # the first token of a row has nothing to be predicted from
+    "data.shuffle_documents": (0, True),
+    "data.num_workers": (0, True),
+    "data.validation_tokens": (1, True),
+    "optim.lr": (0, False),
+    "optim.warmup_steps": (0, True),
+    "optim.min_lr_ratio": (0, True),
+    "optim.weight_decay": (0, True),
+    "optim.grad_clip": (0, False),
+    "trainer.steps": (1, True),
+    "trainer.batch_size": (1, True),
+    "trainer.total_batch_size": (1, True),
+    "trainer.eval_every_steps": (0, True),
+    "trainer.save_every_steps": (0, True),
+    "trainer.keep_checkpoints": (1, True),
+    "trainer.log_every_steps": (1, True),
+    "trainer.devices": (1, True),
+    "trainer.num_nodes": (1, True),
+    "trainer.threads": (1, True),
+    "generate.max_new_tokens": (1, True),
+    "generate.temperature": (0, True),
+    "generate.top_p": (0, False),
+    "generate.num_samples": (1, True),
+    "strategy.subspace.rank": (1, True),
+    "strategy.subspace.every": (1, True),
+    "strategy.subspace.iterations": (1, True),
+    "strategy.subspace.cold_iterations": (1, True),
+    "strategy.lift.scale": (0, False),
+    "strategy.inner.eps": (0, False),
+    "strategy.rest.eps": (0, False),
+}
+UPPER_BOUNDS: dict[str, float] = {"seed": 2**32 - 1, "optim.min_lr_ratio": 1, "generate.top_p": 1}
+
+
+def cross_checks(config: RunConfig) -> list[str]:
+    """Every broken rule, as a sentence with the numbers and the way out."""
+    out_of_bounds = list(_bounds(config))
+    faults = [*out_of_bounds, *_task(config), *_data(config), *_precision(config)]
+    if not out_of_bounds:  # what follows divides by these numbers
+        faults += _model(config)
+    if config.task == "train" and not faults:
+        faults += [*_batch(config), *_strategy(config), *_stepping(config), *_machine(config)]
+    return faults
+
+
+def micro_batches(config: RunConfig) -> int:
+    """Micro-batches per update on each device."""
+    rows = config.trainer.batch_size * world_size(config)
+    return max(1, (config.trainer.total_batch_size or rows) // rows)
+
+
+def world_size(config: RunConfig) -> int:
+    """Devices over all nodes."""
+    return config.trainer.devices * config.trainer.num_nodes
+
+
+def value_of(config: RunConfig, key: str) -> Any:
+    """The value of a dotted key; None where a part is absent or has no such argument."""
+    node: Any = config
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else getattr(node, name, None)
+    return node
+
+
+def _bounds(config: RunConfig) -> Iterator[str]:
+    for key, (least, allowed) in LOWER_BOUNDS.items():
+        value = value_of(config, key)
+        if value is not None and not (math.isfinite(value) and (value > least or (allowed and value == least))):
+            yield f"{key}={value}: must be {'at least' if allowed else 'above'} {least:g}"
+    for key, most in UPPER_BOUNDS.items():
+        if value_of(config, key) > most:
+            yield f"{key}={value_of(config, key)}: must be at most {most}"
+    for key in ("strategy.inner.betas", "strategy.rest.betas"):
+        betas = value_of(config, key) or ()
+        if any(not 0 <= beta < 1 for beta in betas):
+            yield f"{key}={list(betas)}: each must lie in [0, 1)"
+
+
+def _task(config: RunConfig) -> Iterator[str]:
+    if config.task in TASKS_WITH_RUN and config.run is None:
+        yield f"run: task={config.task} needs run=FOLDER, a run folder or a Hugging Face folder"
+    if config.task in ("export", "data_prepare") and config.out is None:
+        yield f"out: task={config.task} needs out=FOLDER, the folder to write"
+    if config.task == "train":
+        if config.run is not None:
+            yield f"run={config.run}: training takes no run=; to go on with a run write resume={config.run}"
+        if config.resume not in ("auto", "false") and not (config.resume and Path(config.resume).exists()):
+            yield f"resume={config.resume}: must be auto, false, or a checkpoint or run folder that exists"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.kind == "hf":
+        if not model.path and config.task != "data_prepare" and config.run is None:
+            yield "model.path: model=hf needs model.path=FOLDER or the model's name on the hub"
+        return
+    if model.hidden_size % model.num_attention_heads:
+        yield (
+            f"model.num_attention_heads={model.num_attention_heads}: must divide model.hidden_size={model.hidden_size}"
+        )
+    elif (model.hidden_size // model.num_attention_heads) % 2:
+        yield (
+            f"model.num_attention_heads={model.num_attention_heads}: model.hidden_size={model.hidden_size} leaves each "
+            "head an odd number of dimensions, and rotary positions turn them in pairs"
+        )
+    if model.num_key_value_heads and model.num_attention_heads % model.num_key_value_heads:
+        yield (
+            f"model.num_key_value_heads={model.num_key_value_heads}: must divide "
+            f"model.num_attention_heads={model.num_attention_heads}"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data, model = config.data, config.model
+    if config.task in ("train", "data_prepare") and not data.train:
+        yield "data.train: names no files; give data.train=[FILE,...] or choose data="
+    if not data.tokenizer and config.task in ("train", "data_prepare"):
+        yield "data.tokenizer: is empty; name a SentencePiece .model, a tokenizer.json, a folder, or a name on the hub"
+    if data.mask_documents and data.packing != "concat":
+        yield (
+            f"data.mask_documents=true: needs data.packing=concat; data.packing={data.packing} puts a single document "
+            "into a row"
+        )
+    if model.kind == "llama" and config.task in ("train", "evaluate") and data.seq_len > model.max_position_embeddings:
+        yield (
+            f"data.seq_len={data.seq_len}: is above model.max_position_embeddings={model.max_position_embeddings}; "
+            "shorten the one or lengthen the other"
+        )
+    if config.task == "data_prepare" and data.source == "tokens":
+        yield "data.source=tokens: is already prepared; choose the source it is to be made from"
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    precision = config.precision
+    wanted = "bfloat16" if precision.compute == "bf16-true" else "float32"
+    if precision.weights != wanted:
+        yield (
+            f"precision.weights={precision.weights}: precision.compute={precision.compute} means weights in {wanted}; "
+            "choose precision=fp32, bf16_mixed or bf16"
+        )
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    trainer = config.trainer
+    rows = trainer.batch_size * world_size(config)
+    total = trainer.total_batch_size
+    if total is not None and total % rows:
+        lower, upper = total // rows * rows, (total // rows + 1) * rows
+        near = f"{lower} or {upper}" if lower else str(upper)
+        yield (
+            f"trainer.total_batch_size={total}: must be a multiple of the {rows} rows of one micro-batch "
+            f"(trainer.batch_size={trainer.batch_size} x {world_size(config)} devices), such as {near}"
+        )
+    if config.optim.warmup_steps > trainer.steps:
+        yield (
+            f"optim.warmup_steps={config.optim.warmup_steps}: is above trainer.steps={trainer.steps}; usual is "
+            f"a tenth, optim.warmup_steps={trainer.steps // 10}"
+        )
+
+
+def _strategy(config: RunConfig) -> Iterator[str]:
+    strategy = config.strategy
+    parts = {"inner": strategy.inner, "lift": strategy.lift}
+    if not strategy.rest:
+        yield "strategy.rest: is missing; choose the rule for all other parameters with strategy/rest=adam"
+    if strategy.subspace is None:
+        for name in (name for name, part in parts.items() if part is not None):
+            yield f"strategy.{name}: has no meaning without a subspace; add strategy/subspace=svd or ~strategy.{name}"
+        if strategy.select:
+            yield "strategy.select: has no meaning without a subspace; add strategy/subspace=svd or strategy.select=[]"
+        return
+    for name in (name for name, part in parts.items() if part is None):
+        yield f"strategy.{name}: is missing beside strategy.subspace; choose one with strategy/{name}=NAME"
+    if not strategy.select:
+        yield (
+            "strategy.select: names no parameter for the subspace; give patterns such as "
+            "[*.self_attn.*.weight,*.mlp.*.weight], or drop the subspace with strategy=full"
+        )
+    rank, smallest = strategy.subspace.get("rank"), smallest_side(config)
+    if isinstance(rank, int) and smallest is not None and rank > smallest[0]:
+        yield (
+            f"strategy.subspace.rank={rank}: is above {smallest[0]}, the short side of {smallest[1]} "
+            f"({smallest[2][0]} x {smallest[2][1]}) in model {config.model.name}"
+        )
+
+
+def smallest_side(config: RunConfig) -> tuple[int, str, tuple[int, int]] | None:
+    """The shortest side among the selected matrices of a LLaMA, with the matrix and its shape; None where unknown."""
+    model = config.model
+    if model.kind != "llama":
+        return None
+    hidden, inner = model.hidden_size, model.intermediate_size
+    key_value = hidden // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    sides = [
+        (min(shape), name, shape)
+        for name, shape in shapes.items()
+        if any(fnmatch.fnmatchcase(f"model.layers.0.{name}.weight", pattern) for pattern in config.strategy.select)
+    ]
+    return min(sides, default=None)
+
+
+def _stepping(config: RunConfig) -> Iterator[str]:
+    """What cannot be had together when gradients are freed before the step."""
+    when, clip, accumulated = config.strategy.when, config.optim.grad_clip, micro_batches(config)
+    has_subspace = config.strategy.subspace is not None
+    if clip is not None and config.optim.clip_norm_of == "projected" and not has_subspace:
+        yield "optim.clip_norm_of=projected: there is no subspace to project into; write optim.clip_norm_of=full"
+    if clip is None and config.optim.clip_norm_of == "projected":
+        yield "optim.clip_norm_of=projected: nothing is clipped; give optim.grad_clip=1.0 or leave it out"
+    if when == "after_backward":
+        return
+    if world_size(config) > 1:
+        yield (
+            f"strategy.when={when}: frees gradients before {world_size(config)} devices could add theirs up; use "
+            "strategy.when=after_backward, or trainer.devices=1 trainer.num_nodes=1"
+        )
+    if when == "project_in_backward" and not has_subspace:
+        yield (
+            f"strategy.when={when}: strategy {config.strategy.name} has no subspace; use strategy.when=in_backward or "
+            "after_backward"
+        )
+    if when == "in_backward" and accumulated > 1:
+        rows = config.trainer.total_batch_size
+        yield (
+            f"strategy.when={when}: updates a matrix in every backward pass, so it cannot add up the {accumulated} "
+            f"micro-batches of trainer.total_batch_size={rows}; use strategy.when=project_in_backward, which adds "
+            f"up in the subspace, or one micro-batch: trainer.total_batch_size={config.trainer.batch_size}"
+        )
+    if when == "in_backward" and clip is not None:
+        yield (
+            f"optim.grad_clip={clip}: the global norm is known only after the last gradient, and "
+            f"strategy.when={when} has used the first by then; use strategy.when=project_in_backward (the norm of "
+            "a single micro-batch is exact there) or after_backward, or optim.grad_clip=null"
+        )
+    if when == "project_in_backward" and clip is not None and accumulated > 1 and config.optim.clip_norm_of == "full":
+        yield (
+            f"optim.grad_clip={clip}: the norm of a sum of {accumulated} gradients cannot be known when each was freed "
+            f"by strategy.when={when}; use optim.clip_norm_of=projected, strategy.when=after_backward, or a single "
+            "micro-batch"
+        )
+
+
+def _machine(config: RunConfig) -> Iterator[str]:
+    needed = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(config.logger.name)
+    if needed and importlib.util.find_spec(needed) is None:
+        yield (
+            f"logger={config.logger.name}: the package {needed} is not installed; pip install -e '.[{needed}]', or "
+            "logger=csv"
+        )
+    if config.model.attention.startswith("flash_attention") and config.trainer.accelerator == "cpu":
+        yield f"model.attention={config.model.attention}: runs on GPUs only; on a CPU use model.attention=sdpa"

@@ -1,0 +1,159 @@
+"""The typed schema: every key of the composed configuration, its type, its unit and what its special values mean.
+
+Free of torch and of hydra, so that a misspelt key is refused before anything heavy is imported. Where a type is a
+`Literal`, the listed values are the only ones; `X | None` says that `null` is allowed. The defaults here are the ones
+of the library; the YAML files under conf/ and recipes/ only choose among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Part = dict[str, Any]
+"""One choice on an axis: `_target_` names its class, every other key is an argument of that class's constructor."""
+
+
+@dataclass
+class ModelConfig:
+    """A LLaMA of given sizes, or any Hugging Face causal language model."""
+
+    name: str = "llama_1m"
+    kind: Literal["llama", "hf"] = "llama"
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None  # null: as many as attention heads
+    vocab_size: int | None = None  # rows of the embedding; null: the tokenizer's size
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02  # standard deviation of the initial matrices
+    tie_word_embeddings: bool = False
+    path: str | None = None  # kind hf: a folder, or a name on the hub
+    revision: str | None = None  # kind hf: the commit on the hub
+    pretrained: bool = True  # kind hf: false takes the architecture and initialises it anew
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    activation_checkpointing: bool = False  # recompute each layer in backward: less memory, about a third more compute
+    loss_chunk_tokens: int = 1024  # positions whose logits exist at one time; 0: all of them
+    compile: bool = False  # torch.compile
+
+
+@dataclass
+class DataConfig:
+    """Where documents come from and how they become rows of `seq_len` tokens."""
+
+    name: str = "shakespeare"
+    source: Literal["jsonl", "text", "tokens"] = "jsonl"  # tokens: a folder made by `lowrank data prepare`
+    train: list[str] = field(default_factory=list)  # files, globs, folders or hf:// addresses; {00000..01023} expands
+    validation: list[str] = field(default_factory=list)
+    revision: str | None = None  # commit for hf:// addresses
+    text_key: str = "text"  # jsonl: the field that holds the document
+    tokenizer: str = ""  # a SentencePiece .model, a tokenizer.json, a folder, or a name on the hub
+    seq_len: int = 256  # tokens in a row
+    packing: Literal["pad", "concat"] = "concat"  # pad: one document a row, cut and padded, as the papers do
+    mask_documents: bool = False  # concat: attention stays within a document
+    shuffle_documents: int = 0  # documents shuffled together, block by block; 0: the order of the files
+    repeat: bool = True  # start over when the corpus ends; false: training ends with it
+    num_workers: int = 0  # tokenizing processes per rank; 0: in the training process
+    validation_tokens: int | None = None  # target tokens in an evaluation; null: the whole split
+    log_documents: bool = False  # write documents.csv: which update saw which document
+
+
+@dataclass
+class StrategyConfig:
+    """A memory strategy: one choice on every axis."""
+
+    name: str = "full"
+    select: list[str] = field(default_factory=list)  # patterns of parameter names the subspace applies to
+    subspace: Part | None = None
+    inner: Part | None = None  # the rule on the small gradient
+    lift: Part | None = None
+    on_refresh: Literal["keep", "reset"] = "keep"  # the moments when the basis moves
+    rest: Part = field(default_factory=dict)  # the rule for every other parameter
+    when: Literal["after_backward", "project_in_backward", "in_backward"] = "after_backward"
+    basis_under_accumulation: Literal["window", "first_micro_batch"] = "window"  # project_in_backward: see README
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats of weights, compute and optimizer state."""
+
+    name: str = "fp32"
+    compute: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"  # Lightning's name
+    weights: Literal["float32", "bfloat16"] = "float32"
+    state: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass
+class OptimConfig:
+    """Learning rate, its schedule, decay and clipping. Steps are updates, never micro-batches."""
+
+    lr: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # of lr, reached at the last step
+    weight_decay: float = 0.0
+    grad_clip: float | None = None  # largest global gradient norm; null: no clipping
+    clip_norm_of: Literal["full", "projected"] = "full"  # projected: the norm of what reaches the inner rule
+
+
+@dataclass
+class TrainerConfig:
+    """Length, batch and cadence of a run, and the machine it runs on."""
+
+    steps: int = 1000  # updates
+    batch_size: int = 4  # rows per device and micro-batch
+    total_batch_size: int | None = None  # rows per update over all devices; null: batch_size x devices
+    eval_every_steps: int = 500  # 0: only at the end
+    save_every_steps: int = 500  # 0: only at the end
+    keep_checkpoints: int = 2  # newest ones kept
+    log_every_steps: int = 50  # a console line when the output is not a terminal
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: Literal["auto", "ddp"] = "auto"  # Lightning's: how devices work together
+    threads: int | None = None  # CPU threads; null: torch's choice
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides metrics.csv, which is always written."""
+
+    name: Literal["csv", "tensorboard", "wandb"] = "csv"
+    project: str = "lowrank_train"  # wandb
+    entity: str | None = None  # wandb
+    offline: bool | None = None  # wandb; null: offline when there is no key
+
+
+@dataclass
+class GenerateConfig:
+    """What `lowrank generate` samples."""
+
+    prompt: str = ""
+    max_new_tokens: int = 200
+    temperature: float = 0.8  # 0: the most probable token
+    top_p: float = 0.95
+    num_samples: int = 1
+
+
+@dataclass
+class RunConfig:
+    """One invocation of the program."""
+
+    task: Literal["train", "export", "evaluate", "generate", "data_prepare"] = "train"
+    run_name: str | None = None  # null: <model>-<strategy>-<data>
+    output_dir: str = "runs"
+    resume: str = "auto"  # auto | false | a checkpoint or run folder
+    seed: int = 42
+    run: str | None = None  # export, generate, evaluate: a run folder or a Hugging Face folder
+    out: str | None = None  # export, data prepare: the folder to write
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)

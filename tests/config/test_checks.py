@@ -1,0 +1,178 @@
+"""Every rule that ties keys together: the command line it refuses, and the nearest one that it allows."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lowrank_train.config import RunConfig, compose
+from lowrank_train.config.checks import LOWER_BOUNDS, UPPER_BOUNDS, cross_checks, micro_batches, smallest_side
+
+Faults = Callable[..., list[str]]
+
+DEFAULT = compose([])
+
+REFUSED_AND_ALLOWED: list[tuple[str, str, str]] = [  # words refused; part of the reason; words allowed
+    ("trainer.total_batch_size=10", "multiple of the 4 rows", "trainer.total_batch_size=12"),
+    ("trainer.total_batch_size=2", "such as 4", "trainer.total_batch_size=4"),
+    (
+        "trainer.total_batch_size=12 trainer.devices=2",
+        "such as 8 or 16",
+        "trainer.total_batch_size=16 trainer.devices=2",
+    ),
+    ("optim.warmup_steps=60 trainer.steps=50", "is above trainer.steps=50", "optim.warmup_steps=50 trainer.steps=50"),
+    ("data.seq_len=2048", "is above model.max_position_embeddings=1024", "data.seq_len=1024"),
+    ("strategy.subspace.rank=129", "is above 128, the short side of", "strategy.subspace.rank=128"),
+    (
+        "strategy.subspace.rank=65 model.num_key_value_heads=2",
+        "is above 64, the short side of self_attn.k_proj (64 x 128)",
+        "strategy.subspace.rank=64 model.num_key_value_heads=2",
+    ),
+    (
+        "strategy.subspace.rank=65 model.num_key_value_heads=2 strategy.select=['*.self_attn.*.weight']",
+        "is above 64",
+        "strategy.subspace.rank=65 model.num_key_value_heads=2 strategy.select=['*.mlp.*.weight']",
+    ),
+    ("model.num_attention_heads=3", "must divide model.hidden_size=128", "model.num_attention_heads=8"),
+    ("model.num_attention_heads=128", "an odd number of dimensions", "model.num_attention_heads=64"),
+    ("model.num_key_value_heads=3", "must divide model.num_attention_heads=4", "model.num_key_value_heads=2"),
+    ("data.mask_documents=true data.packing=pad", "needs data.packing=concat", "data.mask_documents=true"),
+    ("data.train=[]", "names no files", "data.train=[x.jsonl]"),
+    ("data.tokenizer=", "is empty", "data.tokenizer=some/folder"),
+    ("precision.weights=bfloat16", "means weights in float32", "precision=bf16"),
+    ("precision=bf16 precision.weights=float32", "means weights in bfloat16", "precision=bf16_mixed"),
+    (
+        "precision=bf16 precision.compute=bf16-mixed",
+        "means weights in float32",
+        "precision=bf16 precision.state=float32",
+    ),
+    ("run=somewhere", "training takes no run=", "run_name=somewhere"),
+    ("resume=nowhere", "must be auto, false, or a checkpoint or run folder that exists", "resume=false"),
+    ("resume=yes", "must be auto, false", "resume=auto"),
+    ("strategy.select=[]", "names no parameter for the subspace", "strategy.select=['*.mlp.*.weight']"),
+    ("~strategy.lift", "is missing beside strategy.subspace", "strategy/lift=backproject"),
+    ("~strategy.inner", "choose one with strategy/inner=NAME", "strategy/inner=adamw"),
+    ("~strategy.rest", "choose the rule for all other parameters", "strategy/rest=adamw"),
+    ("~strategy.subspace", "strategy.lift: has no meaning without a subspace", "strategy/subspace=randomized"),
+    (
+        "strategy=full ~strategy.subspace strategy.select=['*.weight']",
+        "strategy.select: has no meaning without a subspace",
+        "strategy=full ~strategy.subspace",
+    ),
+    ("model=hf data.tokenizer=x", "needs model.path=FOLDER", "model=hf model.path=gpt2"),
+    (
+        "model.attention=flash_attention_2 trainer.accelerator=cpu",
+        "runs on GPUs only",
+        "model.attention=flash_attention_2 trainer.accelerator=gpu",
+    ),
+]
+
+NO_CLIP = "optim.grad_clip=null"
+BACKWARD, PROJECT = "strategy.when=in_backward", "strategy.when=project_in_backward"
+WINDOW = "trainer.total_batch_size=16"
+FULL = "strategy=full ~strategy.subspace"
+STEPPING: list[tuple[str, str, str]] = [
+    (f"{BACKWARD} {NO_CLIP} {WINDOW}", "cannot add up the 4 micro-batches", f"{PROJECT} {NO_CLIP} {WINDOW}"),
+    (
+        f"{BACKWARD} {NO_CLIP} {WINDOW}",
+        "trainer.total_batch_size=4",
+        f"{BACKWARD} {NO_CLIP} trainer.total_batch_size=4",
+    ),
+    (BACKWARD, "the global norm is known only after the last gradient", f"{BACKWARD} {NO_CLIP}"),
+    (BACKWARD, "use strategy.when=project_in_backward", PROJECT),
+    (f"{PROJECT} {WINDOW}", "the norm of a sum of 4 gradients cannot be known", f"{PROJECT} {WINDOW} {NO_CLIP}"),
+    (f"{PROJECT} {WINDOW}", "optim.clip_norm_of=projected", f"{PROJECT} {WINDOW} optim.clip_norm_of=projected"),
+    (f"{PROJECT} {WINDOW}", "strategy.when=after_backward", WINDOW),
+    (f"{FULL} {PROJECT}", "has no subspace", f"{FULL} {BACKWARD} {NO_CLIP}"),
+    (f"{FULL} optim.clip_norm_of=projected", "no subspace to project into", FULL),
+    (f"{NO_CLIP} optim.clip_norm_of=projected", "nothing is clipped", "optim.clip_norm_of=projected"),
+    (f"{PROJECT} trainer.devices=2", "frees gradients before 2 devices", "trainer.devices=2"),
+    (f"{BACKWARD} {NO_CLIP} trainer.num_nodes=2", "frees gradients before 2 devices", f"{BACKWARD} {NO_CLIP}"),
+]
+
+
+@pytest.mark.parametrize("refused, reason, allowed", [*REFUSED_AND_ALLOWED, *STEPPING])
+def test_rule(refused: str, reason: str, allowed: str, faults: Faults) -> None:
+    found = faults(*refused.split(" "))
+    assert any(reason in fault for fault in found), found
+    assert faults(*allowed.split(" ")) == []
+
+
+def with_value(key: str, value: Any) -> RunConfig:
+    """The default configuration with one value changed after composing, as a library would."""
+    changed = copy.deepcopy(DEFAULT)
+    *parents, name = key.split(".")
+    node: Any = changed
+    for parent in parents:
+        node = node[parent] if isinstance(node, dict) else getattr(node, parent)
+    if isinstance(node, dict):
+        node[name] = value
+    else:
+        setattr(node, name, value)
+    return changed
+
+
+@pytest.mark.parametrize("key", sorted({*LOWER_BOUNDS, *UPPER_BOUNDS}))
+def test_bounds(key: str) -> None:
+    least, allowed = LOWER_BOUNDS[key]
+    outside = least - 1 if allowed else least
+    found = cross_checks(with_value(key, outside))
+    assert any(fault.startswith(f"{key}={outside}: must be") for fault in found), found
+    assert not any(fault.startswith(f"{key}=") and "must be at least" in fault for fault in cross_checks(DEFAULT))
+    if key in UPPER_BOUNDS:
+        assert any("must be at most" in fault for fault in cross_checks(with_value(key, UPPER_BOUNDS[key] + 1)))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(value: str, faults: Faults) -> None:
+    assert faults(f"optim.lr={value}")
+    assert faults(f"optim.grad_clip={value}")
+
+
+def test_bounds_of_parts(faults: Faults) -> None:
+    assert any(
+        "must be at least 1" in f for f in faults("strategy/subspace=randomized", "strategy.subspace.iterations=0")
+    )
+    assert any("each must lie in [0, 1)" in fault for fault in faults("strategy.inner.betas=[0.9,1]"))
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ("task=export", "out: task=export needs out=FOLDER"),
+        ("task=data_prepare", "out: task=data_prepare needs out=FOLDER"),
+        ("task=generate", "run: task=generate needs run=FOLDER"),
+        ("task=evaluate", "run: task=evaluate needs run=FOLDER"),
+        ("task=data_prepare out=O data.source=tokens", "is already prepared"),
+    ],
+)
+def test_tasks_need_their_folders(words: str, reason: str, faults: Faults) -> None:
+    assert any(reason in fault for fault in faults(*words.split()))
+
+
+def test_missing_logger_package_names_the_extra(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    absent: Callable[[str], Any] = lambda name: None if name in ("wandb", "tensorboard") else real(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    for name in ("wandb", "tensorboard"):
+        assert f"pip install -e '.[{name}]'" in faults(f"logger={name}")[0]
+    assert faults("logger=csv") == []
+
+
+def test_accumulation_is_derived() -> None:
+    assert micro_batches(compose([])) == 1
+    assert micro_batches(compose([WINDOW])) == 4
+    assert micro_batches(compose(["recipe=galore_1b"])) == 4
+
+
+def test_smallest_side_is_unknown_for_other_models() -> None:
+    assert smallest_side(compose(["model=hf", "model.path=gpt2", "strategy.subspace.rank=4096"])) is None
+
+
+def test_tokenizer_of_another_model_is_its_own_unless_asked_for() -> None:
+    assert compose(["model=hf", "model.path=gpt2"]).data.tokenizer == "gpt2"
+    assert compose(["model=hf", "model.path=gpt2", "data.tokenizer=other"]).data.tokenizer == "other"
