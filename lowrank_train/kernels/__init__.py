@@ -1,0 +1,1 @@
+"""Operations worth fusing: each one name, with its reference in plain torch."""

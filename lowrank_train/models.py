@@ -1,0 +1,157 @@
+"""LLaMA of the published sizes and any Hugging Face causal language model: on meta first, then materialised once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from lowrank_train.config.errors import UserError
+from lowrank_train.config.schema import ModelConfig
+from lowrank_train.config.seeding import seed_from_name
+from lowrank_train.kernels.cross_entropy import linear_cross_entropy_sum
+
+
+def architecture(model: ModelConfig, *, vocab_size: int) -> Any:
+    """The transformers configuration. UserError when the tokenizer has more pieces than the model has rows."""
+    if model.kind == "hf":
+        assert model.path is not None, "config checks demand model.path"
+        with user_errors(f"model.path={model.path}"):
+            config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+    else:
+        config = LlamaConfig(
+            vocab_size=model.vocab_size or vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads,
+            max_position_embeddings=model.max_position_embeddings,
+            rms_norm_eps=model.rms_norm_eps,
+            initializer_range=model.initializer_range,
+            tie_word_embeddings=model.tie_word_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        )
+    if vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocab_size} pieces, but model {model.name} has an embedding of {config.vocab_size} "
+            "rows; choose another data.tokenizer, or a model with model.vocab_size of at least that"
+        )
+    config.use_cache = False
+    return config
+
+
+def meta_model(model: ModelConfig, *, vocab_size: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model without memory: every parameter a meta tensor of `dtype`."""
+    config = architecture(model, vocab_size=vocab_size)
+    with torch.device("meta"):
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=model.attention
+        )
+    return built
+
+
+def build_model(
+    model: ModelConfig, *, vocab_size: int, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> PreTrainedModel:
+    """A model in training mode on `device`, in `dtype`; its initial numbers come from (seed, module name) alone."""
+    if model.kind == "hf" and model.pretrained:
+        architecture(model, vocab_size=vocab_size)
+        with user_errors(f"model.path={model.path}"):
+            built: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                model.path,
+                revision=model.revision,
+                dtype=dtype,
+                attn_implementation=model.attention,
+                use_safetensors=True,  # a pickle can run code
+                trust_remote_code=False,
+            ).to(device)
+        built.config.use_cache = False
+    else:
+        built = meta_model(model, vocab_size=vocab_size, dtype=dtype)
+        built.to_empty(device=device)
+        built.tie_weights()
+        initialize_(built, seed)
+    if model.activation_checkpointing:
+        built.activation_checkpointing_enable({"use_reentrant": False})
+    if model.compile:
+        parts = decoder_and_head(built)
+        (parts[0] if parts else built).compile()
+    built.train()
+    return built
+
+
+def initialize_(model: PreTrainedModel, seed: int) -> None:
+    """Fill a model that was allocated empty: transformers' own rule, under a generator seeded module by module."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name, module in model.named_modules():
+            torch.manual_seed(seed_from_name(seed, name))
+            # transformers marks initialised modules; one that was emptied since must be filled all the same
+            module._is_hf_initialized = False
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor._is_hf_initialized = False
+            model._init_weights(module)
+
+
+def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
+    """The part that makes hidden states and the linear head on it, where the model is just these two."""
+    head = getattr(model, "lm_head", None)
+    decoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if isinstance(head, nn.Linear) and head.bias is None and decoder is not None and decoder is not model:
+        return decoder, head
+    return None
+
+
+def causal_loss(model: nn.Module, batch: dict[str, Any], *, chunk_tokens: int) -> tuple[Tensor, int]:
+    """Sum of -log p over the targets of a batch, and their number.
+
+    `input_ids` and `labels` are (rows, positions), labels not shifted, -100 where there is no target. `document_ids`,
+    where present, confine attention and positions to each document of a packed row. The loss is float32 or wider; with
+    `chunk_tokens` above 0 the logits of only that many positions exist at a time.
+    """
+    inputs, labels = batch["input_ids"], batch["labels"][:, 1:]
+    arguments: dict[str, Any] = {"input_ids": inputs, "use_cache": False}
+    if "document_ids" in batch:
+        arguments |= within_documents(batch["document_ids"])
+    parts = decoder_and_head(model) if chunk_tokens > 0 and not has_output_scaling(model) else None
+    targeted = labels != -100
+    targets = labels[targeted]
+    if parts is None:
+        logits = model(**arguments).logits[:, :-1][targeted]
+        loss = nn.functional.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum"
+        )
+        return loss, len(targets)
+    decoder, head = parts
+    hidden = decoder(**arguments).last_hidden_state[:, :-1][targeted]
+    return linear_cross_entropy_sum(hidden, head.weight, targets, chunk_positions=chunk_tokens), len(targets)
+
+
+def within_documents(document_ids: Tensor) -> dict[str, Tensor]:
+    """Attention mask (rows, 1, positions, positions) and positions that start anew with each document."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    position_ids = index - torch.where(starts, index, 0).cummax(1).values
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return {"attention_mask": same & (index[:, None] >= index), "position_ids": position_ids}
+
+
+def has_output_scaling(model: nn.Module) -> bool:
+    """Whether the head's output is changed before it is a logit (Gemma 2, Cohere, Granite, MiniCPM, ...)."""
+    config = getattr(model, "config", None)
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "dim_model_base")
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in names)
+
+
+@contextmanager
+def user_errors(what: str) -> Iterator[None]:
+    """Turn what transformers raises for a wrong path or an unsafe file into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{what} cannot be loaded: {str(error).strip().splitlines()[0]}") from error

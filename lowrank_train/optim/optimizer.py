@@ -1,0 +1,294 @@
+"""The one optimizer: any Transform per group of parameters, stepping after or inside the backward pass."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowrank_train.optim.transform import Slot, State, Transform
+from lowrank_train.optim.update_stats import UpdateStats, describe_refresh, norm, total_norm
+
+logger = logging.getLogger(__name__)
+
+When = Literal["after_backward", "project_in_backward", "in_backward"]
+
+
+@dataclass
+class Group:
+    """Parameters served by one rule."""
+
+    name: str
+    transform: Transform
+    params: list[tuple[str, Tensor]]
+    slots: list[Slot]
+
+
+class TransformOptimizer(torch.optim.Optimizer):
+    """Applies p <- p - lr * transform(grad) with decoupled weight decay.
+
+    when="after_backward": all in step().
+    when="project_in_backward": each gradient of a compressing group is compressed and freed as soon as it exists, in
+        every micro-batch; step() does the rest. Equal to after_backward bit for bit without accumulation.
+    when="in_backward": during step(closure) each parameter is updated and its gradient freed inside the backward
+        pass. No accumulation and no global clipping: both need gradients that are gone.
+
+    A parameter whose gradient is not finite is left alone for that update, its state with it, and counted.
+    State is tensors and integers; saving and loading keeps every bit and dtype, which torch's own loading does not.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        when: When = "after_backward",
+        grad_clip: float | None = None,
+        clip_norm_of: Literal["full", "projected"] = "full",
+        micro_batches: int = 1,
+        basis_under_accumulation: Literal["window", "first_micro_batch"] = "window",
+    ) -> None:
+        self.when: When = when
+        self.grad_clip = grad_clip
+        self.clip_norm_of = clip_norm_of
+        self.micro_batches = micro_batches
+        self.hold_window = when == "project_in_backward" and micro_batches > 1 and basis_under_accumulation == "window"
+        self.transforms: list[Transform] = []
+        self.slots: dict[Tensor, Slot] = {}
+        self.transform_of: dict[Tensor, Transform] = {}
+        self._armed = False
+        self._pending: dict[Tensor, Tensor] = {}  # compressed gradients of this window
+        self._remarked: set[str] = set()
+        self._current = UpdateStats()
+        self.stats: dict[str, Any] = UpdateStats().as_dict()
+        listed = []
+        for group in groups:
+            listed.append({"params": group.params, "name": group.name})
+            self.transforms.append(group.transform)
+            for (_, param), slot in zip(group.params, group.slots, strict=True):
+                self.slots[param] = slot
+                self.transform_of[param] = group.transform
+        self._refuse_impossible()
+        super().__init__(listed, {"lr": lr, "weight_decay": weight_decay})
+        if when != "after_backward":
+            self._register_hooks()
+
+    def _refuse_impossible(self) -> None:
+        clipped = self.grad_clip is not None
+        if self.when == "in_backward" and self.micro_batches > 1:
+            raise ValueError(
+                f"when=in_backward steps inside every backward pass and cannot accumulate {self.micro_batches} "
+                "micro-batches; use when=project_in_backward, or one larger micro-batch"
+            )
+        if self.when == "in_backward" and clipped:
+            raise ValueError(
+                "when=in_backward frees each gradient before the global norm is known and cannot clip by it; "
+                "use when=project_in_backward or when=after_backward, or set grad_clip to none"
+            )
+        if self.when == "project_in_backward":
+            if clipped and self.micro_batches > 1 and self.clip_norm_of == "full":
+                raise ValueError(
+                    "the norm of a sum of gradients that were freed one by one cannot be known; set "
+                    "clip_norm_of=projected, or when=after_backward, or a single micro-batch"
+                )
+            if any(transform.needs_gradient for transform in self.transforms):
+                raise ValueError(
+                    "when=project_in_backward frees the full gradient, but the lift uses what the subspace left out; "
+                    "use when=after_backward or when=in_backward"
+                )
+
+    def initialize(self) -> None:
+        """Create all state now instead of at the first update; on meta parameters it is only counted."""
+        for param in self.slots:
+            self._state(param)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of the state tensors that exist, by kind."""
+        bytes_of: dict[str, int] = {}
+        for state in self.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    kind = "basis" if key.startswith("basis") else key
+                    bytes_of[kind] = bytes_of.get(kind, 0) + value.numel() * value.element_size()
+        return bytes_of
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            self._armed = self.when == "in_backward"
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            finally:
+                self._armed = False
+        self._take_step()
+        self.stats = self._current.as_dict()
+        self._current = UpdateStats()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._pending.clear()
+
+    def _take_step(self) -> None:
+        """Everything that no hook has consumed, in the order of the groups."""
+        self._measure_gradients()
+        clip_full = self.grad_clip is not None and self.clip_norm_of == "full"
+        clip_projected = self.grad_clip is not None and self.clip_norm_of == "projected"
+        factor = self._clip_factor(self._current.norms) if clip_full else 1.0
+        if clip_projected:
+            for param, _ in self._ready():
+                self._compress(param)
+            factor = self._clip_factor(self._current.low_norms)
+        for param, group in self._ready():
+            self._update(param, group, factor)
+        self._pending.clear()
+
+    def _ready(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Parameters with a whole or a compressed gradient."""
+        pairs = ((param, group) for group in self.param_groups for param in group["params"])
+        return [(param, group) for param, group in pairs if param.grad is not None or param in self._pending]
+
+    def _measure_gradients(self) -> None:
+        """Norms of the gradients at hand; those that are not finite are dropped. One synchronisation for all."""
+        unmeasured = [param for param, _ in self._ready() if self.slots[param].name not in self._current.norms]
+        if unmeasured:
+            norms = [norm(self._pending[param] if param.grad is None else param.grad) for param in unmeasured]
+            for param, value, number in zip(unmeasured, norms, torch.stack(norms).tolist(), strict=True):
+                self._record(param, value, math.isfinite(number))
+        for param, _ in self._ready():
+            if self.slots[param].name in self._current.skipped:  # perhaps in one micro-batch of several
+                param.grad = None
+                self._pending.pop(param, None)
+
+    def _record(self, param: Tensor, gradient_norm: Tensor, finite: bool) -> None:
+        name = self.slots[param].name
+        if finite:
+            self._current.norms[name] = gradient_norm
+        else:
+            self._current.skipped[name] = None
+            param.grad = None
+
+    def _clip_factor(self, norms: dict[str, Tensor]) -> float:
+        """As torch.nn.utils.clip_grad_norm_: at most 1, with its 1e-6 against division by zero."""
+        assert self.grad_clip is not None
+        return min(1.0, self.grad_clip / (total_norm(norms) + 1e-6))
+
+    def _state(self, param: Tensor) -> State:
+        state: State = self.state[param]
+        if not state:
+            state.update(self.transform_of[param].init(param, self.slots[param]))
+        return state
+
+    def _compress(self, param: Tensor) -> Tensor:
+        """The window's compressed gradient of `param`; its full gradient is freed where nothing else needs it."""
+        transform, state, slot = self.transform_of[param], self._state(param), self.slots[param]
+        if not transform.compresses:
+            assert param.grad is not None
+            low = param.grad
+        elif param.grad is None or (transform.needs_gradient and param in self._pending):
+            low = self._pending[param]
+        else:
+            due = transform.refresh_due(state)
+            low = self._compress_and_move(param, param.grad) if due else transform.compress(param.grad, state)
+            if param in self._pending:
+                low = self._pending[param].add_(low)
+            self._pending[param] = low
+            if not transform.needs_gradient:
+                param.grad = None
+        self._current.low_norms[slot.name] = norm(low)
+        return low
+
+    def _compress_and_move(self, param: Tensor, grad: Tensor) -> Tensor:
+        """compress() when the basis is due to move: timed, counted, and told where something was out of order."""
+        transform, state, name = self.transform_of[param], self._state(param), self.slots[param].name
+        moves, fallbacks = transform.refresh_counts(state)
+        started_sec = self._synchronized_sec(param)
+        low = transform.compress(grad, state)
+        self._current.refresh_sec += self._synchronized_sec(param) - started_sec
+        new_moves, new_fallbacks = transform.refresh_counts(state)
+        moved, fell_back = new_moves > moves, new_fallbacks > fallbacks
+        self._current.refreshes += moved
+        self._current.kept_bases += not moved
+        self._current.fallbacks += fell_back
+        remark = describe_refresh(name, moved, fell_back)
+        if remark is not None and name not in self._remarked:  # once, however often it comes again
+            self._remarked.add(name)
+            logger.warning(remark)
+        return low
+
+    @staticmethod
+    def _synchronized_sec(param: Tensor) -> float:
+        if param.is_cuda:
+            torch.cuda.synchronize(param.device)
+        return time.perf_counter()
+
+    def _update(self, param: Tensor, group: dict[str, Any], factor: float) -> None:
+        transform, state = self.transform_of[param], self._state(param)
+        low = self._compress(param)
+        if factor != 1.0:
+            low.mul_(factor)
+            if transform.compresses and param.grad is not None:
+                param.grad.mul_(factor)
+        direction = transform.update(low, state, param, param.grad if transform.needs_gradient else None)
+        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+        if decay and transform.weight_decay_first:
+            param.mul_(1 - decay)
+        direction.add_to_(param, -lr)
+        if decay and not transform.weight_decay_first:
+            param.mul_(1 - decay)
+
+    def _register_hooks(self) -> None:
+        group_of = {param: group for group in self.param_groups for param in group["params"]}
+
+        def update_now(param: Tensor) -> None:
+            if self._armed:
+                self._measure_one(param)
+                if param.grad is not None:
+                    self._update(param, group_of[param], 1.0)
+                    param.grad = None
+                    self._pending.pop(param, None)
+
+        def compress_now(param: Tensor) -> None:
+            held = self.hold_window and self.transform_of[param].refresh_due(self._state(param))
+            if held:  # this window's whole gradient decides the new basis
+                return
+            if self.micro_batches > 1:
+                self._current.norm_known = False
+            self._measure_one(param)
+            if param.grad is not None:
+                self._compress(param)
+
+        for param, transform in self.transform_of.items():
+            hook = update_now if self.when == "in_backward" else compress_now if transform.compresses else None
+            if hook is not None:
+                param.register_post_accumulate_grad_hook(torch.no_grad()(hook))
+
+    def _measure_one(self, param: Tensor) -> None:
+        assert param.grad is not None
+        value = norm(param.grad)
+        self._record(param, value, math.isfinite(value.item()))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore exactly: torch casts loaded state to the parameter's dtype, which this undoes.
+
+        Raises ValueError when the parameters are not the ones that were saved.
+        """
+        for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if mine["param_names"] != theirs["param_names"]:
+                raise ValueError(f"the saved optimizer state of group {theirs['name']!r} is for other parameters")
+        saved = [state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"]]
+        super().load_state_dict(state_dict)
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param, state in zip(params, saved, strict=True):
+            for key, value in (state or {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.detach().to(param.device, copy=True)

