@@ -1,0 +1,108 @@
+"""Opening what was trained: a run folder (its newest complete checkpoint) or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lowrank_train.checkpoint import checkpoint_step, load_weights, newest_complete, read_manifest
+from lowrank_train.config.errors import UserError
+from lowrank_train.config.schema import RunConfig, TrainerConfig
+from lowrank_train.data import Tokenizer, load_tokenizer
+from lowrank_train.models import build_model, user_errors
+from lowrank_train.strategy import Strategy
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Trained:
+    """A model ready to be used, with the tokenizer it was trained with."""
+
+    model: PreTrainedModel  # in evaluation mode; for a run, in the form its strategy trained
+    tokenizer: Tokenizer
+    strategy: Strategy | None  # None: it came from a Hugging Face folder
+    source: str  # what was opened, in words
+    device: torch.device
+    begin_id: int | None = None  # the mark before every text that the model was trained with, where there is one
+
+
+def pick_device(trainer: TrainerConfig, local_rank: int = 0) -> torch.device:
+    """The device of this process. UserError when a GPU is asked for and there is none."""
+    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator is gpu, but torch sees no GPU; use trainer.accelerator=cpu or auto")
+    if trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def open_trained(config: RunConfig) -> Trained:
+    """The model that `run=` names, on this machine's device. UserError for what is not there or does not fit."""
+    if not config.run:
+        raise UserError(f"task {config.task} needs run=FOLDER: a run folder or a Hugging Face folder")
+    transformers_logging.disable_progress_bar()
+    folder = Path(config.run)
+    device = pick_device(config.trainer)
+    if (folder / "config.yaml").is_file():
+        return _open_run(config, folder, device)
+    if (folder / "config.json").is_file():
+        return _open_hugging_face(config, folder, device)
+    raise UserError(
+        f"run={folder} is neither a run folder (with config.yaml) nor a Hugging Face folder (with config.json)"
+    )
+
+
+def _open_run(config: RunConfig, folder: Path, device: torch.device) -> Trained:
+    checkpoint, passed_over = newest_complete(folder / "checkpoints")
+    for line in passed_over:
+        log.warning("passed over a damaged checkpoint: %s", line)
+    if checkpoint is None:
+        raise UserError(f"run={folder} holds no complete checkpoint; train it first: python train.py")
+    manifest = read_manifest(checkpoint)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.fingerprint != manifest["tokenizer"]:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} is not the tokenizer that {folder} was trained with; "
+            "its ids mean other text to this model: leave data.tokenizer as the run has it"
+        )
+    bare = dataclasses.replace(config.model, pretrained=False, compile=False, activation_checkpointing=False)
+    model = build_model(
+        bare,
+        vocab_size=tokenizer.vocab_size,
+        dtype=DTYPES[config.precision.weights],
+        device=device,
+        seed=config.seed,
+    )
+    strategy = Strategy.from_config(config.strategy, seed=config.seed)
+    strategy.prepare(model)
+    model.load_state_dict(load_weights(checkpoint, manifest), strict=True)
+    source = f"{folder} after {checkpoint_step(checkpoint):,} updates"
+    return Trained(model.eval(), tokenizer, strategy, source, device)
+
+
+def _open_hugging_face(config: RunConfig, folder: Path, device: torch.device) -> Trained:
+    tokenizer = load_tokenizer(config.data.tokenizer or str(folder))
+    with user_errors(f"run={folder}"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            use_safetensors=True,  # a pickle can run code
+            trust_remote_code=False,
+            local_files_only=True,
+        ).to(device)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer or folder} has {tokenizer.vocab_size} pieces, but the model in "
+            f"{folder} has an embedding of {rows} rows; leave data.tokenizer out to use the one in the folder"
+        )
+    begin_id = model.config.bos_token_id if model.config.bos_token_id == tokenizer.bos_id else None
+    return Trained(model.eval(), tokenizer, None, str(folder), device, begin_id)

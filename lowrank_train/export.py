@@ -1,0 +1,135 @@
+"""`lowrank export`: a plain Hugging Face folder, proven by reloading it and comparing logits and token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from lowrank_train.config.errors import EXIT_FAILURE, RunStopped, UserError
+from lowrank_train.config.schema import RunConfig
+from lowrank_train.data import Tokenizer, validation_batches
+from lowrank_train.evaluate.loading import Trained, open_trained
+from lowrank_train.models import build_model
+
+LARGEST_LOGIT_DIFFERENCE = 1e-4
+"""Between the trained and the reloaded model, both in the dtype of the weights. A logit of a bf16 model has steps of
+about 0.03, so that for those it means equality."""
+
+PROBE_TEXTS = (
+    "It was the best of times, it was the worst of times.",
+    "To be, or not to be: that is the question:\nWhether 'tis nobler in the mind to suffer",
+    "In 1905, the temperature was -3.5 °C; naïve readers paid 20 € for “quoted” text.",
+)
+
+
+def export(config: RunConfig) -> int:
+    """Write `run=` to `out=`; RunStopped, with nothing written, when the folder does not give the same answers."""
+    if not config.out:
+        raise UserError("task export needs out=FOLDER, the folder to write")
+    out = Path(config.out)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"out={out} exists and is not empty; choose another folder or remove it")
+    trained = open_trained(config)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_hugging_face(config, trained, partial)
+        difference, positions = compare(config, trained, partial)
+    except BaseException:  # whatever went wrong, Ctrl-C included: nothing half-written stays
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rmdir()  # empty, as checked above
+    partial.rename(out)
+    print(f"{trained.source} -> {out}")
+    print(
+        f"reloaded with AutoModelForCausalLM and AutoTokenizer: logits at {positions:,} positions of real text differ "
+        f"by at most {difference:.1e}, token ids are equal"
+    )
+    return 0
+
+
+def write_hugging_face(config: RunConfig, trained: Trained, folder: Path) -> None:
+    """Weights as plain dense matrices, config.json, generation_config.json and the tokenizer's files."""
+    plain = dense_model(config, trained)
+    tokenizer = trained.tokenizer
+    # No begin mark, even where the tokenizer has one: our documents end in a mark and begin without, so that the model
+    # has never seen it.
+    begin_id = trained.begin_id
+    marks = {"bos_token_id": begin_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    for name, mark in marks.items():
+        setattr(plain.config, name, mark)
+    plain.config.use_cache = True
+    plain.generation_config = GenerationConfig(**marks)
+    plain.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save(folder)
+
+
+def dense_model(config: RunConfig, trained: Trained) -> PreTrainedModel:
+    """The architecture without its memory strategy, filled with what the strategy says its matrices stand for."""
+    if trained.strategy is None:
+        return trained.model
+    plain = build_model(
+        dataclasses.replace(config.model, pretrained=False, compile=False, activation_checkpointing=False),
+        vocab_size=trained.tokenizer.vocab_size,
+        dtype=next(trained.model.parameters()).dtype,
+        device="cpu",
+        seed=config.seed,
+    )
+    plain.load_state_dict(trained.strategy.dense_state_dict(trained.model), strict=True)
+    return plain.eval()
+
+
+def compare(config: RunConfig, trained: Trained, folder: Path) -> tuple[float, int]:
+    """Largest difference of logits on real text and the number of positions compared.
+
+    RunStopped when it is above LARGEST_LOGIT_DIFFERENCE or when a text gets other ids.
+    """
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
+    ).eval()
+    _compare_ids(trained.tokenizer, folder)
+    model = trained.model.to("cpu")
+    rows = _probe_rows(config, trained.tokenizer)
+    largest, positions = 0.0, 0
+    with torch.no_grad():
+        for ids in rows:
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+            found = reloaded(input_ids=ids, use_cache=False).logits.float()
+            if found.shape != expected.shape:
+                raise RunStopped(f"export failed: logits of shape {found.shape}, not {expected.shape}", EXIT_FAILURE)
+            largest = max(largest, float((found - expected).abs().max()))
+            positions += ids.numel()
+    if not largest <= LARGEST_LOGIT_DIFFERENCE:  # not (a <= b): NaN fails too
+        raise RunStopped(
+            f"export failed: the reloaded model's logits differ by {largest:.3g} from the trained model's "
+            f"(at most {LARGEST_LOGIT_DIFFERENCE:.0e} is right); nothing was written",
+            EXIT_FAILURE,
+        )
+    return largest, positions
+
+
+def _compare_ids(tokenizer: Tokenizer, folder: Path) -> None:
+    reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    for text in PROBE_TEXTS:
+        expected = tokenizer.encode([text])[0]
+        found = reloaded(text, add_special_tokens=False)["input_ids"]
+        if list(found) != list(expected):
+            raise RunStopped(f"export failed: the reloaded tokenizer reads {text!r} differently", EXIT_FAILURE)
+
+
+def _probe_rows(config: RunConfig, tokenizer: Tokenizer) -> list[torch.Tensor]:
+    """Rows of token ids, shape (1, positions): the first validation rows where the run's data is at hand, and the
+    probe texts."""
+    rows = [torch.tensor([tokenizer.encode([text])[0]]) for text in PROBE_TEXTS]
+    try:
+        batches = iter(validation_batches(config.data, tokenizer, batch_size=1, rank=0, world_size=1))
+        rows += [batch["input_ids"] for batch, _ in zip(batches, range(4), strict=False)]
+    except (UserError, OSError):  # the data may be on another machine than the run
+        pass
+    return rows

@@ -1,0 +1,94 @@
+"""The picture of a run: its loss over the updates, read from metrics.csv."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+
+def plot_loss(metrics_path: Path, picture_path: Path, *, title: str, unigram_perplexity: float | None) -> None:
+    """Training loss raw and smoothed, validation points, the unigram line and small marks where a basis moved."""
+    with metrics_path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    losses = [float(row["train/loss"]) for row in rows]
+    validated = [(int(row["step"]), float(row["val/loss"])) for row in rows if row["val/loss"]]
+    refreshed = [int(row["step"]) for row in rows if float(row["optim/refreshes"] or 0) > 0]
+    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")  # not pyplot: no display, no global state
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each update")
+    axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
+    if validated:
+        axes.plot(
+            *zip(*validated, strict=True),
+            color="tab:orange",
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            label=f"validation ({validated[-1][1]:.3f} = perplexity {math.exp(min(validated[-1][1], 700)):.1f})",
+        )
+    if unigram_perplexity is not None:
+        axes.axhline(
+            math.log(unigram_perplexity),
+            color="tab:gray",
+            linestyle="--",
+            linewidth=1,
+            label=f"unigram ({math.log(unigram_perplexity):.3f} = perplexity {unigram_perplexity:.0f})",
+        )
+    if refreshed:
+        mark_refreshes(axes, refreshed)
+    dress(axes, title, losses, [loss for _, loss in validated])
+    axes.set_xlim(0, max(steps, default=1))
+    aside = picture_path.with_name(picture_path.name + ".partial")
+    figure.savefig(aside, format="png")
+    aside.replace(picture_path)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Mean over about a fiftieth of the run around each value: unlike a running average it does not lag behind.
+    Near the start, where the loss is steep, both sides shrink alike; near the end only the side that is missing does,
+    so that the curve does not end in the noise of a single update."""
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for index in range(len(values)):
+        half = min(index, len(values) // 100)
+        after = min(half, len(values) - 1 - index)
+        result.append((sums[index + after + 1] - sums[index - half]) / (half + after + 1))
+    return result
+
+
+def mark_refreshes(axes: Axes, steps: list[int]) -> None:
+    """Short ticks along the lower edge: where a jump of the curve may come from."""
+    axes.plot(
+        steps,
+        [0.02] * len(steps),
+        linestyle="none",
+        marker="|",
+        markersize=8,
+        color="tab:green",
+        alpha=0.7,
+        transform=axes.get_xaxis_transform(),
+        label="subspace refreshed",
+    )
+
+
+def dress(axes: Axes, title: str, training: list[float], validation: list[float]) -> None:
+    """Labels, limits that the first huge losses do not spoil, and nothing that is not needed."""
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("update")
+    axes.set_ylabel("loss, nats per token")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    shown = [value for value in [*training, *validation] if math.isfinite(value)]
+    if shown:
+        lowest, highest = min(shown), max(shown)
+        room = 0.06 * max(highest - lowest, 0.1)
+        axes.set_ylim(lowest - room, highest + room)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)

@@ -1,0 +1,162 @@
+"""Lightning set up for our needs: quiet, without its own checkpoints, bars and clipping; and failures in words."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lowrank_train.config.errors import EXIT_OUT_OF_MEMORY, RunStopped, UserError
+from lowrank_train.config.schema import RunConfig, TrainerConfig
+from lowrank_train.report.console import Console, WarningsToConsole
+from lowrank_train.train.checkpoint_io import FolderCheckpoints
+from lowrank_train.train.module import CausalLanguageModule
+
+# Warnings of Lightning and torch about what is so on purpose, or is not the user's to change.
+NOT_FOR_THE_USER = (
+    r".*does not have many workers.*",  # rows are made in the training process unless data.num_workers says otherwise
+    r".*CheckpointIO.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*GPU available but not used.*",
+    r".*The `srun` command is available on your system but is not used.*",
+    r".*Found \d+ module\(s\) in eval mode.*",
+    r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",  # wrong where step() has a closure
+    r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our data resumes by itself
+    r".*`LightningModule.configure_optimizers`.*",
+)
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes and speaks; right before any process group exists."""
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, as torchrun, Lightning or Slurm give it."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def quiet_libraries(console: Console) -> None:
+    """Leave only what concerns the user: our own warnings on the console, others' errors."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in NOT_FOR_THE_USER:
+        warnings.filterwarnings("ignore", message=pattern)
+    ours = logging.getLogger("lowrank_train")
+    for handler in list(ours.handlers):  # of an earlier run in this process
+        ours.removeHandler(handler)
+    ours.addHandler(WarningsToConsole(console))
+
+
+def micro_batches_of(trainer: TrainerConfig) -> int:
+    """Micro-batches in an update. UserError when the total is not a multiple."""
+    rows = trainer.batch_size * trainer.devices * trainer.num_nodes
+    total = trainer.total_batch_size or rows
+    if total % rows:
+        raise UserError(
+            f"trainer.total_batch_size is {total}, but must be a multiple of {rows} = {trainer.batch_size} "
+            f"(trainer.batch_size) x {trainer.devices * trainer.num_nodes} devices"
+        )
+    return total // rows
+
+
+def build_trainer(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    folder: Path,
+    micro_batches: int,
+    callbacks: list[L.Callback],
+    loggers: list[Logger],
+    checkpoints: FolderCheckpoints,
+) -> L.Trainer:
+    """A Lightning trainer that counts updates and leaves evaluation, saving and clipping to us."""
+    settings = config.trainer
+    if device.type == "cuda" and settings.devices > torch.cuda.device_count():
+        raise UserError(
+            f"trainer.devices is {settings.devices}, but this machine has {torch.cuda.device_count()} GPUs; "
+            "set trainer.devices to at most that"
+        )
+    plugins: list[object] = [checkpoints]
+    if SLURMEnvironment.detect():
+        # Lightning's own requeueing saves wherever Python happens to be, also in the middle of an update.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    alone = settings.devices * settings.num_nodes == 1
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy="auto" if alone else "ddp",
+        # The model already has the dtype of precision.weights. Lightning's "bf16-true" would cast once more, and with
+        # it the rotary frequencies, which must stay float32.
+        precision="bf16-mixed" if config.precision.compute == "bf16-mixed" else "32-true",
+        max_steps=settings.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=micro_batches,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=plugins,  # type: ignore[arg-type]
+        default_root_dir=folder,
+    )
+
+
+@contextlib.contextmanager
+def explained_failures(config: RunConfig, module: CausalLanguageModule) -> Iterator[None]:
+    """Out of memory as a RunStopped with remedies; Lightning's exit after Ctrl-C as the KeyboardInterrupt it was."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunStopped(out_of_memory_text(config, module, error), EXIT_OUT_OF_MEMORY) from None
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a GPU, or of main memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def out_of_memory_text(config: RunConfig, module: CausalLanguageModule, error: BaseException) -> str:
+    """What happened, what is saved, and what needs less memory, cheapest first, with this run's own values."""
+    settings, saved = config.trainer, module.last_checkpoint_step
+    remedies = []
+    if settings.batch_size > 1:
+        total = settings.total_batch_size or settings.batch_size * settings.devices * settings.num_nodes
+        remedies.append(
+            f"trainer.batch_size={settings.batch_size // 2} trainer.total_batch_size={total}: the same update in "
+            "smaller pieces"
+        )
+    if not config.model.activation_checkpointing:
+        remedies.append("model.activation_checkpointing=true: recomputes each layer, about a third more compute")
+    if config.model.loss_chunk_tokens == 0 or config.model.loss_chunk_tokens > 256:
+        remedies.append("model.loss_chunk_tokens=256: fewer logits at a time")
+    if config.strategy.subspace is not None and config.strategy.when == "after_backward":
+        remedies.append("strategy.when=project_in_backward: frees each full gradient at once")
+    if config.precision.weights == "float32":
+        remedies.append("precision=bf16: half the bytes of weights, gradients and state")
+    first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return "\n".join([
+        f"out of memory during {module.phase}, after {module.updates_done:,} updates: {first_line}",
+        f"The last checkpoint is of step {saved:,}." if saved else "There is no checkpoint yet.",
+        "What needs less:",
+        *(f"  {remedy}" for remedy in remedies),
+    ])  # fmt: skip

@@ -1,0 +1,245 @@
+"""One run, told in order: folder, tokenizer, data, model, strategy, optimizer, module, trainer, fit, evaluate, card."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger
+from transformers import PreTrainedModel
+
+from lowrank_train.config.errors import RunStopped
+from lowrank_train.config.files import to_container
+from lowrank_train.config.schema import RunConfig
+from lowrank_train.data import (
+    Tokenizer,
+    data_fingerprint,
+    load_tokenizer,
+    training_batches,
+    validation_batches,
+)
+from lowrank_train.evaluate.loading import DTYPES, pick_device
+from lowrank_train.models import build_model
+from lowrank_train.optim.optimizer import TransformOptimizer
+from lowrank_train.report.banner import BatchArithmetic, assignment_lines, model_sentence
+from lowrank_train.report.card import show_card
+from lowrank_train.report.console import Console
+from lowrank_train.report.result import write_result
+from lowrank_train.strategy import Strategy
+from lowrank_train.train.checkpoint_io import FolderCheckpoints
+from lowrank_train.train.csv_file import CsvFile, MetricsCsv
+from lowrank_train.train.interrupts import Interrupts
+from lowrank_train.train.loggers import extra_loggers
+from lowrank_train.train.machinery import (
+    build_trainer,
+    explained_failures,
+    is_first_rank,
+    local_rank,
+    micro_batches_of,
+    quiet_libraries,
+)
+from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.progress import ProgressDisplay
+from lowrank_train.train.recorder import Recorder, metric_columns
+from lowrank_train.train.run_folder import CHECKPOINTS, METRICS_FILE, RESULT_FILE, RunFolder, prepare_run_folder
+from lowrank_train.train.run_state import Stopwatch, seed_everything
+from lowrank_train.train.saver import Saver
+from lowrank_train.train.summary import draw, summarize, weights_bytes
+from lowrank_train.train.utilization import utilization
+
+
+def train(config: RunConfig) -> int:
+    """Train until done and return 0; UserError for what cannot work, RunStopped for a run that ended early."""
+    device = pick_device(config.trainer, local_rank())
+    with contextlib.closing(prepare_run_folder(config, is_first_rank=is_first_rank())) as folder:
+        console = Console(folder.path / "log.txt", silent=not is_first_rank())
+        quiet_libraries(console)
+        console.say("\n".join(folder.remarks))
+        if folder.finished is not None:
+            return show_finished(console, folder)
+        seed_everything(config.seed, threads=config.trainer.threads)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        data = prepare_data(config, tokenizer)
+        model = build_model(
+            config.model,
+            vocab_size=tokenizer.vocab_size,
+            dtype=DTYPES[config.precision.weights],
+            device=device,
+            seed=config.seed,
+        )
+        strategy = prepare_strategy(config, model)
+        optimizer = build_optimizer(config, strategy, model)
+        module = CausalLanguageModule(
+            config, model, optimizer, data.training, micro_batches=data.micro_batches, facts=data.facts
+        )
+        announce(console, config, folder, model, strategy, data, device)
+        fit(config, folder, console, module, data, device)
+        if is_first_rank():
+            result = summarize(config, folder, module, tokenizer, device)
+            write_result(folder.path / RESULT_FILE, result)
+            draw(folder, result)
+            show_card(console, result)
+    return 0
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, not yet opened: each rank opens its share."""
+
+    training: Any  # (rank, world_size, position) -> micro-batches
+    validation: Any  # (rank, world_size) -> batches
+    micro_batches: int
+    facts: dict[str, str]  # fingerprints
+
+
+def prepare_data(config: RunConfig, tokenizer: Tokenizer) -> RunData:
+    """Bind what does not depend on the rank. UserError for files that are not there."""
+    micro_batches = micro_batches_of(config.trainer)
+    batch_size = config.trainer.batch_size
+    return RunData(
+        training=functools.partial(
+            training_batches,
+            config.data,
+            tokenizer,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            seed=config.seed,
+        ),
+        validation=functools.partial(validation_batches, config.data, tokenizer, batch_size=batch_size),
+        micro_batches=micro_batches,
+        facts={"tokenizer": tokenizer.fingerprint, "data": data_fingerprint(config.data)},
+    )
+
+
+def prepare_strategy(config: RunConfig, model: PreTrainedModel) -> Strategy:
+    """The memory strategy, with the model brought into the form it trains."""
+    strategy = Strategy.from_config(config.strategy, state_dtype=DTYPES[config.precision.state], seed=config.seed)
+    strategy.prepare(model)
+    return strategy
+
+
+def build_optimizer(config: RunConfig, strategy: Strategy, model: PreTrainedModel) -> TransformOptimizer:
+    """The strategy's optimizer under this run's settings."""
+    return strategy.optimizer(
+        model,
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        grad_clip=config.optim.grad_clip,
+        clip_norm_of=config.optim.clip_norm_of,
+        micro_batches=micro_batches_of(config.trainer),
+    )
+
+
+def announce(
+    console: Console,
+    config: RunConfig,
+    folder: RunFolder,
+    model: PreTrainedModel,
+    strategy: Strategy,
+    data: RunData,
+    device: torch.device,
+) -> None:
+    """What is about to be trained, how, on what, and where it goes."""
+    settings = config.trainer
+    parameters = list(model.parameters())
+    batch = BatchArithmetic(
+        settings.batch_size, data.micro_batches, settings.devices * settings.num_nodes, config.data.seq_len
+    )
+    lines = [
+        model_sentence(
+            config.model.name,
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in parameters if p.requires_grad),
+            weights_bytes(model),
+            config.precision.weights,
+        ),
+        f"strategy {config.strategy.name}, step {config.strategy.when}, precision {config.precision.name}:",
+        *assignment_lines(strategy.assignment(model)),
+        f"data {config.data.name}: {config.data.packing}, {batch.sentence()}; {settings.steps:,} updates",
+        *([utilization(model, config.data.seq_len, device, batch.devices)[1]] if device.type == "cuda" else []),
+        f"run folder: {folder.path}",
+    ]
+    if folder.resume_from is not None:
+        lines.append(f"going on after step {folder.step:,}, from {folder.resume_from}")
+    console.say("\n".join(lines))
+
+
+def fit(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    module: CausalLanguageModule,
+    data: RunData,
+    device: torch.device,
+) -> None:
+    """Train, evaluate and save as the configuration says; RunStopped when a signal ended it, after all is saved."""
+    interrupts, stopwatch, checkpoints = Interrupts(), Stopwatch(), FolderCheckpoints()
+    display = ProgressDisplay(console, steps=config.trainer.steps, log_every_steps=config.trainer.log_every_steps)
+    loggers, documents = open_tables(config, folder, module) if is_first_rank() else ([], None)
+    devices = config.trainer.devices * config.trainer.num_nodes
+    recorder = Recorder(
+        data.validation,
+        interrupts,
+        stopwatch,
+        console,
+        display,
+        loggers,
+        utilization=utilization(module.model, config.data.seq_len, device, devices)[0],
+        documents=documents,
+    )
+    saver = Saver(folder.path / CHECKPOINTS, checkpoints, interrupts, stopwatch, console)
+    trainer = build_trainer(
+        config,
+        device,
+        folder=folder.path,
+        micro_batches=data.micro_batches,
+        callbacks=[recorder, saver],
+        loggers=loggers,
+        checkpoints=checkpoints,
+    )
+    try:
+        with explained_failures(config, module):
+            trainer.fit(module, ckpt_path=folder.resume_from, weights_only=True)
+    finally:
+        for table in [documents, *(logger.file for logger in loggers if isinstance(logger, MetricsCsv))]:
+            if table is not None:
+                table.close()
+    if saver.stopped_by_signal:
+        if not is_first_rank():
+            raise SystemExit(saver.exit_code)  # the first rank says why
+        raise RunStopped(
+            f"stopped by {saver.signal_name} after step {module.last_checkpoint_step:,}; everything is saved. "
+            "Run the same command again to go on.",
+            saver.exit_code,
+        )
+
+
+def open_tables(
+    config: RunConfig, folder: RunFolder, module: CausalLanguageModule
+) -> tuple[list[Logger], CsvFile | None]:
+    """metrics.csv and the loggers beside it, and documents.csv where wanted, all cut back to the step to go on from."""
+    groups = [group["name"] for group in module.optimizer.param_groups]
+    metrics = MetricsCsv(folder.path / METRICS_FILE, metric_columns(groups))
+    metrics.file.start(folder.step)
+    documents = None
+    if config.data.log_documents:
+        documents = CsvFile(folder.path / "documents.csv", ("step", "rank", "document"))
+        documents.start(folder.step)
+    others = extra_loggers(config.logger, folder.path, folder.path.name, step=folder.step)
+    for logger in others:
+        logger.log_hyperparams(to_container(config))
+    return [metrics, *others], documents
+
+
+def show_finished(console: Console, folder: RunFolder) -> int:
+    """The card of a run that has nothing left to do, and how to train further."""
+    assert folder.finished is not None
+    show_card(console, folder.finished)
+    console.say(
+        f"This run is complete. To train it again: resume=false. To train on from here: "
+        f"resume={folder.path} run_name=NAME trainer.steps=MORE"
+    )
+    return 0

@@ -1,0 +1,95 @@
+"""What is left of a run when it is done: the numbers of result.json, a paragraph, a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lowrank_train.config.errors import UserError
+from lowrank_train.config.schema import RunConfig
+from lowrank_train.data import Tokenizer, unigram_perplexity
+from lowrank_train.evaluate.generate import sample
+from lowrank_train.evaluate.perplexity import Evaluation
+from lowrank_train.memory.devices import device_name
+from lowrank_train.report.plots import plot_loss
+from lowrank_train.report.result import hardware, library_versions, project_commit
+from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.run_folder import METRICS_FILE, RunFolder
+
+
+def summarize(
+    config: RunConfig,
+    folder: RunFolder,
+    module: CausalLanguageModule,
+    tokenizer: Tokenizer,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The content of result.json."""
+    counters, evaluation = module.counters, dict(module.counters.evaluation)
+    steps = evaluation.pop("step")
+    found = Evaluation(**evaluation)
+    commit, changed = project_commit()
+    return {
+        "val_loss": found.loss,
+        "val_perplexity": found.perplexity,
+        "val_tokens": found.num_targets,
+        "unigram_perplexity": unigram_perplexity(config.data, tokenizer),
+        "papers_val_loss": found.papers_loss,
+        "papers_val_perplexity": found.papers_perplexity,
+        "tokens_per_sec": counters.tokens_per_sec,
+        "positions_per_sec": counters.positions_per_sec,
+        "peak_memory_bytes": counters.peak_memory_bytes,
+        "state_bytes": module.optimizer.state_bytes(),
+        "weights_bytes": weights_bytes(module.model),
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "steps": steps,
+        "tokens": counters.tokens,
+        "positions": counters.positions,
+        "seconds": counters.elapsed_sec,
+        "sessions": counters.sessions,
+        "data_ended": counters.data_ended,
+        "refreshes": counters.refreshes,
+        "refresh_sec": counters.refresh_sec,
+        "skipped_tensors": counters.skipped_tensors,
+        "model": config.model.name,
+        "strategy": config.strategy.name,
+        "data": config.data.name,
+        "precision": config.precision.name,
+        "seed": config.seed,
+        "commit": commit,
+        "uncommitted_changes": changed,
+        "tokenizer_fingerprint": module.facts["tokenizer"],
+        "data_fingerprint": module.facts["data"],
+        "versions": library_versions(),
+        "hardware": hardware(device, device_name(device), config.trainer.devices * config.trainer.num_nodes),
+        "sample": sampled_paragraph(config, module.model.to(device), tokenizer),
+        "run_folder": str(folder.path),
+        "loss_curve": str(folder.path / "loss.png"),
+    }
+
+
+def sampled_paragraph(config: RunConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> str:
+    """Some text the model writes; from a plain word where the tokenizer has no mark to start from."""
+    settings = dataclasses.replace(config.generate, num_samples=1)
+    try:
+        return sample(model, tokenizer, settings, seed=config.seed)[0].strip()
+    except UserError:
+        return sample(model, tokenizer, dataclasses.replace(settings, prompt="The"), seed=config.seed)[0].strip()
+
+
+def draw(folder: RunFolder, result: dict[str, Any]) -> None:
+    """loss.png beside the numbers it shows."""
+    plot_loss(
+        folder.path / METRICS_FILE,
+        folder.path / "loss.png",
+        title=f"{result['model']} · {result['strategy']} · {result['data']}",
+        unigram_perplexity=result["unigram_perplexity"],
+    )
+
+
+def weights_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the parameters as they are stored."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

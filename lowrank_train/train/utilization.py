@@ -1,0 +1,42 @@
+"""MFU: the share of an accelerator's peak speed that the model's own arithmetic uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from lowrank_train.memory.devices import device_name, peak_bf16_flops
+
+
+def flops_per_position(model: PreTrainedModel, seq_len: int) -> float:
+    """6 N + 12 L h T, the PaLM paper's count (arXiv 2204.02311, appendix B), forward and backward.
+
+    N counts every parameter that is multiplied with: all but the input embedding, which is looked up (a tied one is
+    the head's matrix and counts). L layers of width h attend over T positions. Recomputed activations are not counted.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not embedding:
+        parameters -= embedding.numel()
+    config = model.config.get_text_config()
+    return 6.0 * parameters + 12.0 * config.num_hidden_layers * config.hidden_size * seq_len
+
+
+def utilization(
+    model: PreTrainedModel, seq_len: int, device: torch.device, world_size: int
+) -> tuple[Callable[[float], float] | None, str]:
+    """A function from positions per second over all devices to MFU, or None on a device without a known peak; and the
+    line that says how it is computed."""
+    name = device_name(device)
+    peak = peak_bf16_flops(name) if device.type == "cuda" else None
+    if peak is None:
+        return None, f"MFU: not given, the peak speed of {name} is not known"
+    flops = flops_per_position(model, seq_len)
+    line = (
+        f"MFU: (6 N + 12 L h T = {flops:.3g} FLOP a position, N without the input embedding) x positions/s / "
+        f"({world_size} x {peak / 1e12:.1f} TFLOP/s, dense bf16 peak of {name})"
+    )
+    return lambda positions_per_sec: positions_per_sec * flops / (peak * world_size), line

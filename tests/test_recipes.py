@@ -1,0 +1,178 @@
+"""Every recipe composes, builds, and says in its head what it claims; the bytes it states are counted on meta."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_train.config import RunConfig, compose, paths
+from lowrank_train.config.checks import micro_batches, world_size
+from lowrank_train.config.paths import group_choices, recipe_files, recipe_name
+from lowrank_train.config.recipes import FIELDS, read_head, table
+from lowrank_train.models import meta_model
+from lowrank_train.strategy import Strategy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECIPES = recipe_files()
+BUNDLED_VOCABULARY = 2048  # pieces of the tokenizer under data/shakespeare
+CARD_BYTES = {"RTX 4090": 24e9}  # at most this much may be persistent on the card a recipe names
+
+# Hyper-parameters of the paper's table of C4 runs and of the authors' scripts:
+# steps, warm-up, rank, gap, lr, clip, rows an update, devices
+PUBLISHED = {
+    "galore_60m": (10_000, 1_000, 128, 200, 0.01, None, 512, 1),
+    "galore_130m": (20_000, 2_000, 256, 200, 0.01, None, 512, 1),
+    "galore_350m": (60_000, 6_000, 256, 200, 0.01, None, 512, 4),
+    "galore_1b": (100_000, 10_000, 512, 200, 0.01, None, 512, 8),
+    "galore_7b": (150_000, 15_000, 1024, 500, 0.005, 1.0, 512, 64),
+    "galore_7b_4090": (150_000, 15_000, 1024, 500, 0.005, None, 16, 1),
+}
+# Millions of parameters, all and those of the projected matrices.
+MODEL_SIZES = {
+    "llama_9m": (9.00, 0.80),
+    "llama_20m": (19.55, 3.16),
+    "llama_35m": (35.20, 10.62),
+    "llama_60m": (58.07, 25.30),
+    "llama_130m": (134.11, 84.93),
+    "llama_250m": (247.37, 198.18),
+    "llama_350m": (367.97, 302.38),
+    "llama_1b": (1339.08, 1207.91),
+    "llama_3b": (2685.83, 2521.83),
+    "llama_7b": (6738.42, 6476.01),
+}
+
+
+@functools.cache
+def composed(name: str) -> RunConfig:
+    return compose([f"recipe={name}"])
+
+
+def persistent_bytes(config: RunConfig) -> tuple[int, int]:
+    """Bytes of the weights and of the optimizer's state, counted."""
+    model = meta_model(config.model, vocab_size=BUNDLED_VOCABULARY, dtype=DTYPES[config.precision.weights])
+    strategy = Strategy.from_config(config.strategy, state_dtype=DTYPES[config.precision.state], seed=config.seed)
+    strategy.prepare(model)
+    optimizer = strategy.optimizer(
+        model,
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        grad_clip=config.optim.grad_clip,
+        clip_norm_of=config.optim.clip_norm_of,
+        micro_batches=micro_batches(config),
+    )
+    optimizer.initialize()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return weights, sum(optimizer.state_bytes().values())
+
+
+def test_there_are_recipes_for_the_published_runs() -> None:
+    assert set(PUBLISHED) | {"default"} <= {recipe_name(path) for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
+def test_recipe_composes_and_builds_and_its_bytes_are_as_stated(path: Path) -> None:
+    config, head = composed(recipe_name(path)), read_head(path)
+    weights_bytes, state_bytes = persistent_bytes(config)
+    stated = re.match(r"([\d.]+) GB; weights and optimizer state", head.facts["counted"])
+    assert stated, head.facts["counted"]
+    decimals = len(stated[1].partition(".")[2])
+    assert round((weights_bytes + state_bytes) / 1e9, decimals) == float(stated[1])
+    for card, most in CARD_BYTES.items():
+        if card in head.facts["card"]:
+            assert weights_bytes + state_bytes < most
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
+def test_head_says_what_the_recipe_is(path: Path) -> None:
+    head, config = read_head(path), composed(recipe_name(path))
+    assert head.title.endswith(".")
+    assert tuple(head.facts) == FIELDS
+    assert head.facts["model"] == config.model.name
+    assert head.facts["method"].startswith(config.strategy.name)
+    assert config.strategy.subspace is None or f"rank {config.strategy.subspace['rank']}" in head.facts["method"]
+    assert f"{config.trainer.steps:,} updates" in head.facts["data"]
+    assert f"{config.data.seq_len} tokens" in head.facts["data"]
+    command = head.facts["command"].split()
+    words = command[command.index("train.py") + 1 :]
+    assert words == ([] if recipe_name(path) == "default" else [f"recipe={recipe_name(path)}"])
+    assert compose(words) == config
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
+def test_recipe_is_choices_and_numbers_only(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# @package _global_\n")
+    assert not re.search(r"_target_|\$\{", text)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_hyperparameters_are_the_published_ones(name: str) -> None:
+    config = composed(name)
+    steps, warmup, rank, every, lr, clip, rows, devices = PUBLISHED[name]
+    subspace, inner, lift = config.strategy.subspace, config.strategy.inner, config.strategy.lift
+    assert subspace is not None
+    assert (config.trainer.steps, config.optim.warmup_steps) == (steps, warmup)
+    assert (subspace["rank"], subspace["every"], subspace["side"]) == (rank, every, "std")
+    assert subspace["_target_"].endswith("Svd")
+    assert (config.optim.lr, config.optim.grad_clip, config.optim.weight_decay) == (lr, clip, 0)
+    assert (config.optim.schedule, config.optim.min_lr_ratio) == ("cosine", 0.1)
+    assert inner == config.strategy.rest
+    assert inner is not None
+    assert (inner["betas"], inner["eps"], inner["eps_inside"], inner["weight_decay_first"]) == (
+        (0.9, 0.999),
+        1e-6,
+        False,
+        False,
+    )
+    assert lift is not None
+    assert lift["scale"] == 0.25
+    assert config.strategy.on_refresh == "keep"
+    assert micro_batches(config) * config.trainer.batch_size * world_size(config) == rows
+    assert world_size(config) == devices
+    assert (config.data.name, config.data.packing, config.data.seq_len) == ("c4", "pad", 256)
+    assert config.precision.name == "bf16"
+
+
+@pytest.mark.parametrize("name", MODEL_SIZES)
+def test_models_have_the_published_sizes(name: str) -> None:
+    config = compose([f"model={name}"])
+    model = meta_model(config.model, vocab_size=BUNDLED_VOCABULARY)
+    linear = sum(p.numel() for n, p in model.named_parameters() if "self_attn" in n or "mlp" in n)
+    total = sum(p.numel() for p in model.parameters())
+    assert (round(total / 1e6, 2), round(linear / 1e6, 2)) == MODEL_SIZES[name]
+    head = (paths.CONF / "model" / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    assert f"{total / 1e6:.2f} million parameters, {linear / 1e6:.2f} million" in head
+
+
+def test_every_choice_of_every_group_composes() -> None:
+    """Beside a recipe that leaves nothing behind; what a choice needs is given with it."""
+    needed = {
+        "model=hf": ["model.path=gpt2"],
+        "strategy=full": ["~strategy.subspace"],
+        "data=jsonl": ["data.train=[x.jsonl]"],
+        "data=text": ["data.train=[x.txt]"],
+        "data=tokens": ["data.train=[x]"],
+    }
+    for group, choices in group_choices().items():
+        for choice in choices:
+            word = f"{group}={choice}"
+            config = compose([word, *needed.get(word, [])])
+            node = getattr(config, group, None)
+            assert node is None or group in ("optim", "trainer") or node.name == choice
+
+
+def test_list_shows_every_recipe_within_the_width() -> None:
+    heads = [read_head(path) for path in RECIPES]
+    lines = table(heads, 140).splitlines()
+    assert max(len(line) for line in lines) <= 140
+    names = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert [name for name in names if name.startswith(("default", "galore"))][:3] == [
+        "default",
+        "galore_60m",
+        "galore_130m",
+    ]
+    assert {head.name for head in heads} <= set(names)

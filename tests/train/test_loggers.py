@@ -1,0 +1,112 @@
+"""TensorBoard and wandb are guests: they are fed when they are well and forgotten when they are not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from lowrank_train.config.errors import UserError
+from lowrank_train.config.schema import LoggerConfig
+from lowrank_train.train.loggers import GuardedLogger, extra_loggers, wandb_mode
+
+
+class Broken(Logger):
+    calls = 0
+
+    @property
+    def name(self) -> str:
+        return "broken"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        Broken.calls += 1
+        raise ConnectionError("no route to host\nmore")
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def test_a_failure_becomes_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    logger = GuardedLogger("broken", Broken)
+    for step in range(3):
+        logger.log_metrics({"step": step, "loss": 1.0}, step)
+    logger.finalize("success")
+    assert Broken.calls == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "broken failed and is left out from here on: no route to host"
+    ]
+
+
+def test_a_constructor_that_exits_is_a_failure_like_any_other(caplog: pytest.LogCaptureFixture) -> None:
+    def leave() -> Logger:
+        raise SystemExit(1)
+
+    GuardedLogger("exiting", leave).log_metrics({"loss": 1.0}, 1)
+    assert len(caplog.records) == 1
+
+
+def test_tensorboard_gets_numbers_only(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (logger,) = extra_loggers(LoggerConfig(name="tensorboard"), tmp_path, "r", step=0)
+    for step in (1, 2):
+        row: dict[str, Any] = {"step": step, "train/loss": 2.0 / step, "val/loss": ""}
+        logger.log_metrics(row, step)
+    logger.finalize("success")
+    assert isinstance(logger, GuardedLogger) and isinstance(logger._inner, TensorBoardLogger)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0)]
+    assert "val/loss" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "offline", "expected"),
+    [
+        ({}, None, "offline"),
+        ({"WANDB_API_KEY": "k" * 40}, None, "online"),
+        ({"WANDB_API_KEY": "k" * 40}, True, "offline"),
+        ({}, False, "offline"),  # without a key it would ask
+        ({"WANDB_MODE": "online"}, None, "offline"),
+        ({"WANDB_MODE": "online", "WANDB_API_KEY": "k" * 40}, None, None),
+        ({"WANDB_MODE": "disabled"}, None, None),
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": "k" * 40}, False, None),
+    ],
+)
+def test_wandb_never_has_reason_to_ask(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    environment: dict[str, str],
+    offline: bool | None,
+    expected: str | None,
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(offline) == expected
+
+
+def test_a_key_in_netrc_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password k\n", encoding="utf-8")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode(None) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_mode(None) == "offline"
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"lowrank_train\[wandb\]"):
+        extra_loggers(LoggerConfig(name="wandb"), tmp_path, "r", step=0)
