@@ -266,8 +266,10 @@ def shell(*words: str, program: tuple[str, ...] = (str(ROOT / "train.py"),), **s
     return subprocess.run([sys.executable, *program, *words], capture_output=True, text=True, check=False, **settings)
 
 
-def test_train_py_from_another_folder(tmp_path: Path) -> None:
-    done = shell("--cfg", "job", cwd=tmp_path)
+@pytest.mark.parametrize("program", [(str(ROOT / "train.py"),), ("-c", "from lowrank_train.cli import main; main()")])
+def test_from_another_folder(program: tuple[str, ...], tmp_path: Path) -> None:
+    """Also as the installed command, whose package lies on no path of sys.path."""
+    done = shell("--cfg", "job", program=program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert Path(yaml.safe_load(done.stdout)["data"]["tokenizer"]).is_file()
     assert not list(tmp_path.iterdir())

@@ -9,10 +9,9 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
-import sys
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,9 +135,9 @@ def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
 
 @functools.cache
 def _module_tree(module: str) -> ast.Module | None:
-    """The parsed source of a module; found on sys.path by its name alone, so that no package on the way is run."""
+    """The parsed source of a module; only the top package is looked up, so that no package on the way is run."""
     top, *rest = module.split(".")
-    spec = PathFinder.find_spec(top, sys.path) if top else None
+    spec = importlib.util.find_spec(top) if top else None
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).parent.joinpath(*rest) if rest else Path(spec.origin)
