@@ -103,8 +103,8 @@ def main() -> None:
     )
     strategy = Strategy.from_config(config.strategy, seed=config.seed)
     optimizer = strategy.optimizer(model, lr=2e-3)
-    assert isinstance(strategy.projected, InSubspace)
-    observer = Observer(strategy.projected.subspace, arguments.rank)
+    assert isinstance(strategy.selected, InSubspace)
+    observer = Observer(strategy.selected.subspace, arguments.rank)
     batches = iter(training_batches(config.data, tokenizer, batch_size=8, micro_batches=1, seed=config.seed))
     for update in range(arguments.updates):
         observer.update = update

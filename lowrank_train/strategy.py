@@ -27,7 +27,7 @@ class Assignment:
 
     name: str
     shape: tuple[int, ...]
-    role: str  # "projected", "rest" or "frozen"
+    role: str  # "projected", "selected" (whole, by the inner rule), "rest" or "frozen"
     side: str  # "left", "right", "both", or "" where nothing is projected
     rank: int | None
     state_bytes: int
@@ -39,7 +39,7 @@ class Strategy:
 
     name: str
     select: list[str]  # patterns of parameter names
-    projected: InSubspace | None
+    selected: Transform | None  # the rule for what `select` matches; None: nothing is selected
     rest: Transform
     when: When
     basis_under_accumulation: Any
@@ -50,13 +50,7 @@ class Strategy:
     def from_config(cls, config: StrategyConfig, *, state_dtype: torch.dtype | None = None, seed: int = 0) -> Strategy:
         """Build the parts; a value that a part refuses is a UserError."""
         try:
-            projected = None
-            if config.subspace is not None:
-                if config.inner is None or config.lift is None:
-                    raise ValueError(f"strategy {config.name} has a subspace but no inner rule or no lift")
-                subspace, inner, lift = (instantiate(part) for part in (config.subspace, config.inner, config.lift))
-                assert isinstance(subspace, Subspace) and isinstance(inner, Transform) and isinstance(lift, Lift)
-                projected = InSubspace(subspace, inner, lift, config.on_refresh)
+            selected = rule_for_selected(config)
             rest = instantiate(config.rest)
             assert isinstance(rest, Transform)
         except UserError:
@@ -66,7 +60,7 @@ class Strategy:
         return cls(
             name=config.name,
             select=list(config.select),
-            projected=projected,
+            selected=selected,
             rest=rest,
             when=config.when,
             basis_under_accumulation=config.basis_under_accumulation,
@@ -89,9 +83,9 @@ class Strategy:
         micro_batches: int = 1,
     ) -> TransformOptimizer:
         """The optimizer of every trainable parameter, each in exactly one group. UserError for what cannot be."""
-        projected, rest = self._split(model)
+        selected, rest = self._split(model)
         groups = []
-        for name, transform, params in (("projected", self.projected, projected), ("rest", self.rest, rest)):
+        for name, transform, params in (("projected", self.selected, selected), ("rest", self.rest, rest)):
             if params:
                 assert transform is not None
                 groups.append(Group(name, transform, params, self._slots(params)))
@@ -115,23 +109,24 @@ class Strategy:
 
     def assignment(self, model: nn.Module) -> list[Assignment]:
         """One row a parameter; state is counted on the meta device, not estimated."""
-        projected = dict(self._split(model)[0])
+        selected = dict(self._split(model)[0])
         rows = []
         for name, param in model.named_parameters():
             shape = tuple(param.shape)
             if not param.requires_grad:
                 rows.append(Assignment(name, shape, "frozen", "", None, 0))
                 continue
-            transform = self.projected if name in projected else self.rest
+            transform = self.selected if name in selected else self.rest
             assert transform is not None
             like = torch.empty(shape, dtype=param.dtype, device="meta")
             state = transform.init(like, self._slots([(name, param)])[0])
             state_bytes = sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
             if isinstance(transform, InSubspace):
-                side = resolve_side(transform.subspace.side, shape)
-                rows.append(Assignment(name, shape, "projected", side, transform.subspace.rank, state_bytes))
+                side, rank = resolve_side(transform.subspace.side, shape), transform.subspace.rank_for(param.shape)
+                rows.append(Assignment(name, shape, "projected", side, rank, state_bytes))
             else:
-                rows.append(Assignment(name, shape, "rest", "", None, state_bytes))
+                role = "selected" if name in selected else "rest"
+                rows.append(Assignment(name, shape, role, "", None, state_bytes))
         return rows
 
     def _slots(self, params: list[tuple[str, Tensor]]) -> list[Slot]:
@@ -149,7 +144,7 @@ class Strategy:
     def _split(self, model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
         """Trainable parameters inside and outside the subspace. UserError when the selection does not fit."""
         params: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if self.projected is None:
+        if self.selected is None:
             return [], params
         faults, chosen = [], set()
         for pattern in self.select:
@@ -162,16 +157,35 @@ class Strategy:
             chosen.update(matched)
         faults += [fault for name, param in params if name in chosen for fault in self._misfit(name, param)]
         if not self.select:
-            faults.append(f"strategy.select is empty, but strategy {self.name} projects matrices; name some")
+            faults.append(f"strategy.select is empty, but strategy {self.name} has a rule for chosen matrices")
         if faults:
             raise UserError(faults)
         return [item for item in params if item[0] in chosen], [item for item in params if item[0] not in chosen]
 
     def _misfit(self, name: str, param: Tensor) -> list[str]:
-        assert self.projected is not None
-        shape, rank = tuple(param.shape), self.projected.subspace.rank
-        if len(shape) != 2:
-            return [f"strategy.select takes in {name} of shape {shape}, but only matrices can be projected"]
-        if rank > min(shape):
-            return [f"strategy.subspace.rank is {rank}, but {name} of shape {shape} allows at most {min(shape)}"]
-        return []
+        if not isinstance(self.selected, InSubspace):
+            return []
+        if param.ndim != 2:
+            return [
+                f"strategy.select takes in {name} of shape {tuple(param.shape)}, but only matrices can be projected"
+            ]
+        fault = self.selected.subspace.misfit(param.shape)
+        return [f"{name} of shape {tuple(param.shape)}: {fault}"] if fault else []
+
+
+def rule_for_selected(config: StrategyConfig) -> Transform | None:
+    """The composition of the parts; None for a strategy that treats all parameters alike. ValueError for a misfit."""
+    if config.inner is None:
+        if config.subspace is not None:
+            raise ValueError(f"strategy {config.name} has a subspace but no inner rule; choose strategy/inner=NAME")
+        return None
+    inner = instantiate(config.inner)
+    assert isinstance(inner, Transform)
+    if config.subspace is None:
+        return inner
+    if config.lift is None:
+        raise ValueError(f"strategy {config.name} has a subspace but no lift; choose strategy/lift=NAME")
+    subspace, lift = instantiate(config.subspace), instantiate(config.lift)
+    feedback = None if config.feedback is None else instantiate(config.feedback)
+    assert isinstance(subspace, Subspace) and isinstance(lift, Lift)
+    return InSubspace(subspace, inner, lift, config.on_refresh, feedback)

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lowrank_train"
 FLOORS = [
     {"kernels", "config", "data", "checkpoint"},
     {"optim", "nn", "models"},
-    {"strategy", "evaluate", "export"},
+    {"strategy", "published", "evaluate", "export"},
     {"memory", "report"},
     {"train"},
     {"cli"},

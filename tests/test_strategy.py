@@ -72,7 +72,10 @@ def test_vectors_cannot_be_projected() -> None:
 
 
 def test_rank_above_a_matrix_is_refused() -> None:
-    refused(r"rank is 9, but 4\.weight of shape \(7, 20\) allows at most 7", subspace=subspace("svd", rank=9))
+    refused(
+        r"4\.weight of shape \(7, 20\): strategy.subspace.rank is 9, but must be at most 7",
+        subspace=subspace("svd", rank=9),
+    )
 
 
 @pytest.mark.parametrize("key", ["rank", "every"])

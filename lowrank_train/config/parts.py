@@ -36,6 +36,7 @@ AXES = {
     "subspace": "lowrank_train.optim.subspace.base.Subspace",
     "inner": "lowrank_train.optim.transform.Transform",
     "lift": "lowrank_train.optim.lift.Lift",
+    "feedback": "lowrank_train.optim.feedback.ErrorFeedback",
     "rest": "lowrank_train.optim.transform.Transform",
 }
 """What a part of each axis is derived from. Nothing else is ever called: a configuration cannot run other code."""

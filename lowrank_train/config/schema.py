@@ -66,11 +66,12 @@ class StrategyConfig:
     """A memory strategy: one choice on every axis."""
 
     name: str = "full"
-    select: list[str] = field(default_factory=list)  # patterns of parameter names the subspace applies to
-    subspace: Part | None = None
+    select: list[str] = field(default_factory=list)  # patterns of the names of the matrices that `inner` serves
+    subspace: Part | None = None  # null: `inner` runs on the whole matrix
     inner: Part | None = None  # the rule on the small gradient
     lift: Part | None = None
-    on_refresh: Literal["keep", "reset"] = "keep"  # the moments when the basis moves
+    feedback: Part | None = None  # what compression loses is added to the next gradient; null: it is lost
+    on_refresh: Literal["keep", "reset", "rotate"] = "keep"  # the moments when the basis moves
     rest: Part = field(default_factory=dict)  # the rule for every other parameter
     when: Literal["after_backward", "project_in_backward", "in_backward"] = "after_backward"
     basis_under_accumulation: Literal["window", "first_micro_batch"] = "window"  # project_in_backward: see README

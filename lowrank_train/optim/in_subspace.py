@@ -8,36 +8,44 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.direction import Direction
+from lowrank_train.optim.feedback import ErrorFeedback
 from lowrank_train.optim.lift import Lift
 from lowrank_train.optim.subspace.base import Subspace
-from lowrank_train.optim.transform import Direction, Slot, State, Transform, counter
+from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter
 
 
 @dataclass
 class InSubspace(Transform):
     """low = down(G); u = inner(low); direction = lift(u). Itself a Transform.
 
-    on_refresh says what becomes of the inner rule's state when the basis moves: `keep` it as it is (GaLore), or
-    `reset` it to its beginning (FRUGAL). The state of the three parts lies in one flat dictionary.
+    on_refresh says what becomes of the inner rule's state when the basis moves: `keep` it as it is (GaLore), `reset` it
+    to its beginning (FRUGAL), or `rotate` it into the new coordinates (LDAdam). The state of the three parts lies in
+    one flat dictionary.
     """
 
     subspace: Subspace
     inner: Transform
     lift: Lift
-    on_refresh: Literal["keep", "reset"] = "keep"
+    on_refresh: Literal["keep", "reset", "rotate"] = "keep"
+    feedback: ErrorFeedback | None = None
 
     def __post_init__(self) -> None:
         self.compresses = True
+        self.accumulates = self.feedback is None
         self.needs_gradient = self.lift.needs_gradient
         self.weight_decay_first = self.inner.weight_decay_first
 
     def init(self, param: Tensor, slot: Slot) -> State:
-        low = torch.empty(self.subspace.low_shape(param.shape), dtype=param.dtype, device=param.device)
-        parts = (self.subspace.init(param, slot), self.inner.init(low, slot), {"updates_done": 0})
-        state = {key: value for part in parts for key, value in part.items()}
-        assert len(state) == sum(len(part) for part in parts), (
-            f"two parts use one state key: {[sorted(part) for part in parts]}"
+        parts = (
+            self.subspace.init(param, slot),
+            self.inner.init(self._low_like(param), slot),
+            self.lift.init(param, slot),
+            self.feedback.init(param, slot) if self.feedback is not None else {},
+            {"updates_done": 0},
         )
+        state = {key: value for part in parts for key, value in part.items()}
+        assert len(state) == sum(len(part) for part in parts), f"two parts share a key: {list(map(list, parts))}"
         return state
 
     def refresh_due(self, state: State) -> bool:
@@ -47,24 +55,47 @@ class InSubspace(Transform):
         return counter(state, "refreshes"), counter(state, "fallbacks")
 
     def compress(self, grad: Tensor, state: State) -> Tensor:
+        if self.feedback is not None:
+            grad = self.feedback.add(grad, state)
+            self.feedback.before_move(grad, state, self.subspace)
         if self.refresh_due(state):
-            moved = self.subspace.refresh(grad, state)
-            self.subspace.schedule_next(state, counter(state, "updates_done"), moved)
-            if moved and self.on_refresh == "reset":
-                self._reset_inner(grad, state)
-        return self.subspace.down(grad, state)
+            self._refresh(grad, state)
+        low = self.subspace.down(grad, state)
+        if self.feedback is not None:
+            self.feedback.after_move(low, state, self.subspace)
+        return low
 
-    def update(self, compressed: Tensor, state: State, param: Tensor, grad: Tensor | None = None) -> Direction:
-        low_update = self.inner.update(compressed, state, param).tensor()
+    def update(
+        self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
+    ) -> Direction:
+        low_update = self.inner.update(compressed, state, param, rates)
         state["updates_done"] = counter(state, "updates_done") + 1
-        return self.lift.lift(low_update, compressed, grad, self.subspace, state, param.shape)
+        return self.lift.lift(low_update, compressed, grad, self.subspace, state, param)
+
+    def decay_scale(self, param: Tensor) -> Tensor | float:
+        return self.inner.decay_scale(param)
+
+    def settle(self, state: State, rates: Rates) -> None:
+        self.subspace.settle(state, rates)
+
+    def _refresh(self, grad: Tensor, state: State) -> None:
+        started = counter(state, "refreshes") > 0
+        before = self.subspace.snapshot(state) if self.on_refresh == "rotate" and started else None
+        moved = self.subspace.refresh(grad, state)
+        self.subspace.schedule_next(state, counter(state, "updates_done"), moved)
+        if moved and before is not None:
+            self.inner.rotate(state, self.subspace.change(before, state))
+        if moved and self.on_refresh == "reset":
+            self._reset_inner(grad, state)
 
     def _reset_inner(self, grad: Tensor, state: State) -> None:
-        low = torch.empty(self.subspace.low_shape(grad.shape), dtype=grad.dtype, device=grad.device)
-        for key, fresh in self.inner.init(low, Slot("", 0, 0.0, grad.dtype)).items():
+        for key, fresh in self.inner.init(self._low_like(grad), Slot("", 0, 0.0, grad.dtype)).items():
             value = state[key]
             if isinstance(value, Tensor):
                 assert isinstance(fresh, Tensor)
                 value.copy_(fresh)
             else:
                 state[key] = fresh
+
+    def _low_like(self, full: Tensor) -> Tensor:
+        return torch.empty(self.subspace.low_shape(full.shape), dtype=full.dtype, device=full.device)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.transform import Slot, State, Transform
+from lowrank_train.optim.transform import Rates, Slot, State, Transform
 from lowrank_train.optim.update_stats import UpdateStats, describe_refresh, norm, total_norm
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         basis_under_accumulation: Literal["window", "first_micro_batch"] = "window",
     ) -> None:
         self.when: When = when
+        self.base_lr = lr  # before any schedule
         self.grad_clip = grad_clip
         self.clip_norm_of = clip_norm_of
         self.micro_batches = micro_batches
@@ -238,13 +239,18 @@ class TransformOptimizer(torch.optim.Optimizer):
             low.mul_(factor)
             if transform.compresses and param.grad is not None:
                 param.grad.mul_(factor)
-        direction = transform.update(low, state, param, param.grad if transform.needs_gradient else None)
-        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-        if decay and transform.weight_decay_first:
+        rates = Rates(group["lr"], self.base_lr)
+        direction = transform.update(low, state, param, rates, param.grad if transform.needs_gradient else None)
+        scale = transform.decay_scale(param) if group["weight_decay"] else 1.0
+        decay = rates.lr * group["weight_decay"] * scale
+        if group["weight_decay"] and transform.weight_decay_first:
             param.mul_(1 - decay)
-        direction.add_to_(param, -lr)
-        if decay and not transform.weight_decay_first:
+        direction.add_to_(param, -rates.lr)
+        if group["weight_decay"] and not transform.weight_decay_first:
             param.mul_(1 - decay)
+        transform.settle(state, rates)
+        if transform.needs_gradient:
+            param.grad = None  # it served as workspace
 
     def _register_hooks(self) -> None:
         group_of = {param: group for group in self.param_groups for param in group["params"]}

@@ -12,7 +12,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.direction import Direction
+
 State = dict[str, Tensor | int]
+
+
+class Change(Protocol):
+    """From coordinates in the old basis to coordinates in the new one."""
+
+    def __call__(self, low: Tensor, *, squared: bool = False) -> Tensor:
+        """Transform a tensor of the compressed shape; `squared` with the squares of the coefficients."""
 
 
 @dataclass(frozen=True)
@@ -25,60 +34,12 @@ class Slot:
     dtype: torch.dtype  # in which floating-point state is stored
 
 
-class Direction(Protocol):
-    """An update before -lr, left unevaluated until it is added, so that no full-size temporary is made in vain."""
+@dataclass(frozen=True)
+class Rates:
+    """The learning rate of this update and the one before its schedule, for the few rules that need them."""
 
-    def tensor(self) -> Tensor:
-        """The direction as one tensor of the parameter's shape."""
-
-    def add_to_(self, param: Tensor, alpha: float) -> None:
-        """param += alpha * direction, in place."""
-
-
-@dataclass
-class Dense(Direction):
-    """A direction that is a tensor."""
-
-    value: Tensor
-
-    def tensor(self) -> Tensor:
-        return self.value
-
-    def add_to_(self, param: Tensor, alpha: float) -> None:
-        param.add_(self.value, alpha=alpha)
-
-
-@dataclass
-class Quotient(Direction):
-    """factor * numerator / denominator, elementwise."""
-
-    numerator: Tensor
-    denominator: Tensor
-    factor: float
-
-    def tensor(self) -> Tensor:
-        return self.numerator.div(self.denominator).mul_(self.factor)
-
-    def add_to_(self, param: Tensor, alpha: float) -> None:
-        if param.dtype == self.numerator.dtype:
-            param.addcdiv_(self.numerator, self.denominator, value=alpha * self.factor)
-        else:  # mixed dtypes: add_ computes in the wider one and rounds once
-            param.add_(self.numerator / self.denominator, alpha=alpha * self.factor)
-
-
-@dataclass
-class Product(Direction):
-    """scale * left @ right, the shape of a back-projected update."""
-
-    left_MR: Tensor
-    right_RN: Tensor
-    scale: float
-
-    def tensor(self) -> Tensor:
-        return self.left_MR.mm(self.right_RN).mul_(self.scale)
-
-    def add_to_(self, param: Tensor, alpha: float) -> None:
-        param.addmm_(self.left_MR.to(param.dtype), self.right_RN.to(param.dtype), alpha=alpha * self.scale)
+    lr: float
+    base_lr: float
 
 
 class Transform(ABC):
@@ -91,6 +52,7 @@ class Transform(ABC):
 
     needs_gradient: bool = False  # update() wants the full gradient too, so it cannot be freed early
     compresses: bool = False  # compress() returns something smaller than the gradient
+    accumulates: bool = True  # compress() is linear in the gradient, so that micro-batches may be compressed one by one
     weight_decay_first: bool = True  # decoupled decay before the update (torch) or after it (transformers)
 
     @abstractmethod
@@ -110,8 +72,24 @@ class Transform(ABC):
         return grad
 
     @abstractmethod
-    def update(self, compressed: Tensor, state: State, param: Tensor, grad: Tensor | None = None) -> Direction:
-        """Advance the state in place and return the direction. `grad` is None when it has been freed."""
+    def update(
+        self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
+    ) -> Direction:
+        """Advance the state in place and return the direction, before -lr.
+
+        `grad` is the full gradient where `needs_gradient`, else None; it may be used as workspace.
+        """
+
+    def decay_scale(self, param: Tensor) -> Tensor | float:
+        """What the learning rate is multiplied by inside the rule, which weight decay follows."""
+        return 1.0
+
+    def settle(self, state: State, rates: Rates) -> None:  # noqa: B027 nothing, for most
+        """What happens after the direction has been added, such as moving a basis that was still in use."""
+
+    def rotate(self, state: State, change: Change) -> None:
+        """Carry the state over to a new basis. ValueError where the rule has no way to."""
+        raise ValueError(f"{type(self).__name__} cannot rotate its state to a new basis; use on_refresh keep or reset")
 
 
 def counter(state: State, key: str) -> int:

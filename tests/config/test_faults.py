@@ -125,7 +125,7 @@ def test_slips_in_a_recipe_and_in_a_group_file_are_found_with_their_lines(own_ya
         f"optim.warmup_step {line(recipe, 'warmup_step:')}: there is no such key. Did you mean optim.warmup_steps?"
         in found
     )
-    assert f"strategy.subspace.rank=many {line(recipe, 'rank: many')}: must be a whole number" in found
+    assert f"strategy.subspace.rank=many {line(recipe, 'rank: many')}: must be a whole number or null" in found
     assert any(
         fault.startswith(f"optim.schedule=cosin {line(optim, 'schedule: cosin')}: must be one of") for fault in found
     )

@@ -9,7 +9,9 @@ from torch import nn
 from lowrank_train.optim.moments import Adam
 from lowrank_train.optim.optimizer import Group, TransformOptimizer
 from lowrank_train.optim.schedule import multiplier
-from lowrank_train.optim.transform import Slot
+from lowrank_train.optim.transform import Rates, Slot
+
+RATES = Rates(1e-2, 1e-2)
 
 
 def test_adam_is_torchs_adamw() -> None:
@@ -32,7 +34,7 @@ def test_moments_narrower_than_the_gradient_are_rounded_not_lost() -> None:
     wide = adam.init(param, Slot("w", 0, 0.0, torch.float32))
     grad = torch.linspace(-1, 1, 64)
     for _ in range(5):
-        rounded, exact = (adam.update(grad, state, param).tensor() for state in (narrow, wide))
+        rounded, exact = (adam.update(grad, state, param, RATES).tensor() for state in (narrow, wide))
     torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=2e-2)  # bfloat16 keeps 8 bits
     assert narrow["exp_avg"].dtype == torch.bfloat16  # type: ignore[union-attr]
 

@@ -17,7 +17,7 @@ from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.lift import Backproject
 from lowrank_train.optim.moments import Adam
 from lowrank_train.optim.optimizer import Group, TransformOptimizer
-from lowrank_train.optim.subspace.base import align_signs
+from lowrank_train.optim.subspace.dense import align_signs
 from lowrank_train.optim.subspace.svd import Svd
 from lowrank_train.optim.transform import Slot, State, counter, tensor_of
 
@@ -93,7 +93,12 @@ def replay(scenario: Scenario, *, inject: bool) -> dict[str, Any]:
         if name in scenario.settings["low_rank_tensors"]:
             group = hyper["group"]
             basis = ReplayedSvd(
-                group["rank"], group["update_proj_gap"], group["proj_type"], scenario=scenario, name=name, inject=inject
+                rank=group["rank"],
+                every=group["update_proj_gap"],
+                side=group["proj_type"],
+                scenario=scenario,
+                name=name,
+                inject=inject,
             )
             rule = InSubspace(basis, adam, Backproject(group["scale"]))
         groups.append(Group(name, rule, [(name, weight)], [Slot(name, 0, 0.0, weight.dtype)]))

@@ -1,26 +1,32 @@
-"""The protocol of a subspace with a stored orthonormal basis, and the rule that decides which side it compresses.
+"""The protocol of a subspace, the rule that decides which side it compresses, and when it moves.
 
-A basis has the layout (compressed dimension, R). Right: low = G B, shape (M, R). Left: low = B^T G, shape (R, N).
+A basis B has the layout (compressed dimension, R). Right: low = G B, shape (M, R). Left: low = B^T G, shape (R, N).
 Both sides (GaLore's `full`): low = B_left^T G B_right, shape (R, R).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Size, Tensor
 
-from lowrank_train.optim.transform import Slot, State, counter, tensor_of
+from lowrank_train.optim.direction import Direction
+from lowrank_train.optim.transform import Change, Rates, Slot, State, counter
 
-SideRule = Literal["std", "reverse_std", "left", "right", "full"]
+SideRule = Literal["std", "std_left", "reverse_std", "left", "right", "full"]
 Side = Literal["left", "right", "both"]
+BasisSource = Callable[[int, int, Tensor], Tensor | None]
+"""(parameter seed, 1-based update, gradient) -> what to use from that update on, or None for one's own."""
 
 
 def resolve_side(rule: SideRule, shape: Size | tuple[int, ...]) -> Side:
-    """Which side of a (M, N) matrix is compressed; `std` takes the short one, and the right one of a square.
+    """Which side of a (M, N) matrix is compressed.
+
+    `std` takes the short one, and the right one of a square; `std_left`, which is LDAdam's, the left one of a square.
 
     GaLore's code guesses the side again from the shape of the small tensor when it projects back, and fails for wide
     matrices with a rank of at least M; here the shape of the weight alone decides.
@@ -30,6 +36,8 @@ def resolve_side(rule: SideRule, shape: Size | tuple[int, ...]) -> Side:
         return "both"
     if rule == "std":
         return "right" if rows >= columns else "left"
+    if rule == "std_left":
+        return "right" if rows > columns else "left"
     if rule == "reverse_std":
         return "left" if rows >= columns else "right"
     return rule
@@ -37,35 +45,56 @@ def resolve_side(rule: SideRule, shape: Size | tuple[int, ...]) -> Side:
 
 @dataclass
 class Subspace(ABC):
-    """A basis that moves every `every` updates, before the gradient is projected."""
+    """A small space for the gradient of a matrix, that moves every `every` updates.
 
-    rank: int
+    It moves before the gradient is projected, unless `moves_after` says that an update still uses the old basis.
+    """
+
+    rank: int | None = None  # dimensions kept; or density
+    density: float | None = None  # dimensions kept as a share of the compressed side
     every: int = 200  # updates between two moves: GaLore's update_proj_gap
     side: SideRule = "std"
     stagger: bool = False  # spread the moves of the matrices over the interval instead of moving all at once
 
+    orthonormal: ClassVar[bool] = True  # up(down(G)) is a projection of G
+
     def __post_init__(self) -> None:
         for name in ("rank", "every"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"strategy.subspace.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"strategy.subspace.density is {self.density}; it must be above 0 and at most 1")
+        if (self.rank is None) == (self.density is None):
+            raise ValueError("strategy.subspace needs either rank or density, and not both")
+        self.source: BasisSource | None = None  # set by whoever replays a recorded run
 
     def init(self, param: Tensor, slot: Slot) -> State:
-        """Basis tensors (uninitialised until the first move, at the first update) and the clock of the moves."""
-        rows, columns = param.shape
-        side = resolve_side(self.side, param.shape)
-        state: State = {"refresh_at": 0, "refreshes": 0, "fallbacks": 0, "seed": slot.seed, "phase_steps": 0}
+        """The clock of the moves, and what `_init_basis` adds; the basis is unset until the first update."""
+        clock: State = {"refresh_at": 0, "refreshes": 0, "fallbacks": 0, "seed": slot.seed, "phase_steps": 0}
         if self.stagger:
-            state["phase_steps"] = int(slot.phase * self.every)
-        for key, dimension in (("basis_left", rows), ("basis_right", columns)):
-            if side in (key.removeprefix("basis_"), "both"):
-                state[key] = torch.zeros(dimension, self.rank, dtype=slot.dtype, device=param.device)
-        return state
+            clock["phase_steps"] = int(slot.phase * self.every)
+        return clock | self._init_basis(param, slot)
 
-    def low_shape(self, shape: Size) -> tuple[int, int]:
+    def low_shape(self, shape: Size) -> tuple[int, ...]:
         """The shape of the projected gradient of a (M, N) matrix."""
         rows, columns = shape
+        side, rank = resolve_side(self.side, shape), self.rank_for(shape)
+        return (rows if side == "right" else rank, columns if side == "left" else rank)
+
+    def rank_for(self, shape: Size) -> int:
+        """Dimensions kept of a (M, N) matrix."""
+        if self.rank is not None:
+            return self.rank
+        assert self.density is not None
         side = resolve_side(self.side, shape)
-        return (rows if side == "right" else self.rank, columns if side == "left" else self.rank)
+        dimension = {"left": shape[0], "right": shape[1], "both": min(shape)}[side]
+        return max(1, round(dimension * self.density))
+
+    def misfit(self, shape: Size) -> str | None:
+        """Why a matrix of this shape cannot be projected so; None if it can."""
+        if self.rank is not None and self.rank > min(shape):
+            return f"strategy.subspace.rank is {self.rank}, but must be at most {min(shape)}"
+        return None
 
     def schedule_next(self, state: State, updates_done: int, moved: bool) -> None:
         """Set the next move; one that found nothing to move to is tried again at the next update."""
@@ -78,68 +107,52 @@ class Subspace(ABC):
         state["refresh_at"] = updates_done + (phase if first and phase else self.every)
 
     def refresh(self, grad: Tensor, state: State) -> bool:
-        """Move the basis to fit `grad` (finite, (M, N)); False when the gradient is zero and the basis stays.
-
-        Each new vector takes the sign that points along the vector it replaces (the first: its largest entry is made
-        positive). Singular vectors have arbitrary signs, and moments that are kept would otherwise change their
-        meaning with the LAPACK in use: a third of the displacement in one measurement.
-        """
-        matrix = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
-        largest = matrix.abs().amax()
-        if largest == 0:
-            if counter(state, "refreshes") == 0:
-                self._set(state, self._arbitrary(state))
-            return False
-        first = counter(state, "refreshes") == 0
-        new = self.find(matrix / largest, state)  # products of tiny or huge gradients would leave float32's range
-        old = None if first else {key: tensor_of(state, key) for key in new}
-        self._set(state, {key: align_signs(basis, old[key] if old else None) for key, basis in new.items()})
-        return True
+        """Move the basis, given a finite gradient (M, N); False when the gradient is zero and the basis stays."""
+        if self.source is not None:
+            given = self.source(counter(state, "seed"), counter(state, "updates_done") + 1, grad)
+            if given is not None:
+                self.take(given, state, grad.shape)
+                return True
+        return self.move(grad, state)
 
     @abstractmethod
-    def find(self, matrix: Tensor, state: State) -> dict[str, Tensor]:
-        """New orthonormal bases, (dimension, R) each, by state key, for a finite non-zero float matrix (M, N)."""
+    def _init_basis(self, param: Tensor, slot: Slot) -> State:
+        """The tensors that hold the basis."""
 
+    @abstractmethod
+    def move(self, grad: Tensor, state: State) -> bool:
+        """As `refresh`, by the subspace's own rule."""
+
+    @abstractmethod
+    def take(self, given: Tensor, state: State, shape: Size) -> None:
+        """Use a basis from outside, in the layout in which the published codes store theirs."""
+
+    @abstractmethod
     def down(self, full: Tensor, state: State) -> Tensor:
         """Project a (M, N) tensor; linear in it."""
-        left, right = state.get("basis_left"), state.get("basis_right")
-        low = full
-        if isinstance(left, Tensor):
-            low = left.to(full.dtype).T.mm(low)
-        if isinstance(right, Tensor):
-            low = low.mm(right.to(full.dtype))
-        return low
 
-    def up(self, low: Tensor, state: State, shape: Size) -> tuple[Tensor, Tensor]:
-        """Two factors (M, R) and (R, N) whose product is the back-projection of `low`."""
-        left, right = state.get("basis_left"), state.get("basis_right")
-        if isinstance(left, Tensor) and isinstance(right, Tensor):
-            return left.to(low.dtype).mm(low), right.to(low.dtype).T
-        if isinstance(left, Tensor):
-            return left.to(low.dtype), low
-        assert isinstance(right, Tensor)
-        return low, right.to(low.dtype).T
+    @abstractmethod
+    def up(self, low: Tensor, state: State, shape: Size) -> Direction:
+        """The (M, N) tensor that `low` stands for."""
 
-    def _set(self, state: State, bases: dict[str, Tensor]) -> None:
-        for key, basis in bases.items():
-            tensor_of(state, key).copy_(basis)
+    @abstractmethod
+    def subtract_(self, full: Tensor, low: Tensor, state: State, by: float = 1.0) -> Tensor:
+        """full -= by * up(low) in place; returns `full`."""
 
-    def _arbitrary(self, state: State) -> dict[str, Tensor]:
-        keys = [key for key in ("basis_left", "basis_right") if key in state]
-        return {key: torch.linalg.qr(gaussian(tensor_of(state, key), state)).Q for key in keys}
+    def snapshot(self, state: State) -> Tensor:
+        """What `change` needs to know of the basis before it moves."""
+        raise ValueError(f"the subspace {type(self).__name__} cannot rotate moments to its new basis")
+
+    def change(self, before: Tensor, state: State) -> Change:
+        """From coordinates in the basis of `snapshot` to coordinates in the basis in force."""
+        raise ValueError(f"the subspace {type(self).__name__} cannot rotate moments to its new basis")
+
+    def settle(self, state: State, rates: Rates) -> None:  # noqa: B027 nothing, for most
+        """After the update has been made with the basis in force."""
 
 
-def align_signs(new: Tensor, old: Tensor | None) -> Tensor:
-    """Flip columns of `new` (dimension, R) to agree with `old`, or to have a positive largest entry."""
-    if old is None:
-        agreement = new.gather(0, new.abs().argmax(0, keepdim=True)).squeeze(0)
-    else:
-        agreement = (new * old.to(new.dtype)).sum(0)
-    return torch.where(agreement < 0, -new, new)
-
-
-def gaussian(like: Tensor, state: State) -> Tensor:
+def gaussian(shape: Size | tuple[int, ...], state: State, like: Tensor) -> Tensor:
     """Standard normal numbers, the same on every device, drawn from (parameter seed, number of moves)."""
     generator = torch.Generator().manual_seed(counter(state, "seed") + counter(state, "refreshes"))
     wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.randn(like.shape, generator=generator, dtype=wide).to(like.device)
+    return torch.randn(shape, generator=generator, dtype=wide).to(like.device)

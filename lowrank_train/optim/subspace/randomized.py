@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.subspace.base import Subspace, gaussian
+from lowrank_train.optim.subspace.base import gaussian
+from lowrank_train.optim.subspace.dense import DenseBasis
 from lowrank_train.optim.transform import State, counter, tensor_of
 
 
 @dataclass
-class Randomized(Subspace):
+class Randomized(DenseBasis):
     """B <- QR(G^T (G B)), a few times (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4).
 
     The first move starts from Gaussian numbers and takes `cold_iterations`; later ones start from the basis in force,
@@ -30,7 +31,7 @@ class Randomized(Subspace):
             if key not in state:
                 continue
             old = tensor_of(state, key)
-            basis = (gaussian(old, state) if cold else old).to(matrix.dtype)
+            basis = (gaussian(old.shape, state, old) if cold else old).to(matrix.dtype)
             for _ in range(self.cold_iterations if cold else self.iterations):
                 basis = orthonormalize(operand.T.mm(operand.mm(basis)))
             found[key] = basis

@@ -1,0 +1,149 @@
+"""Updates left unevaluated until they are added to a parameter, so that no full-size temporary is made in vain."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Direction(ABC):
+    """An update before -lr: factor * raw().
+
+    Bias correction is the factor and stays apart from the rest, since some lifts (Fira, APOLLO) measure and limit the
+    update before it is corrected.
+    """
+
+    factor: float = field(default=1.0, kw_only=True)
+
+    def scaled(self, by: float) -> Self:
+        """The same direction, `by` times as long."""
+        return replace(self, factor=self.factor * by)
+
+    @abstractmethod
+    def raw(self) -> Tensor:
+        """The direction as one tensor, without the factor."""
+
+    def tensor(self) -> Tensor:
+        """The direction as one tensor of the parameter's shape."""
+        return self.raw() if self.factor == 1.0 else self.raw() * self.factor
+
+    @abstractmethod
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        """param += alpha * direction, in place."""
+
+
+@dataclass
+class Dense(Direction):
+    """A direction that is a tensor."""
+
+    value: Tensor
+
+    def raw(self) -> Tensor:
+        return self.value
+
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        param.add_(self.value, alpha=alpha * self.factor)
+
+
+@dataclass
+class Quotient(Direction):
+    """factor * numerator / denominator, elementwise."""
+
+    numerator: Tensor
+    denominator: Tensor
+
+    def raw(self) -> Tensor:
+        return self.numerator / self.denominator
+
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        if param.dtype == self.numerator.dtype:
+            param.addcdiv_(self.numerator, self.denominator, value=alpha * self.factor)
+        else:  # mixed dtypes: add_ computes in the wider one and rounds once
+            param.add_(self.raw(), alpha=alpha * self.factor)
+
+
+@dataclass
+class Product(Direction):
+    """factor * left @ right, the shape of a back-projected update."""
+
+    left_MR: Tensor
+    right_RN: Tensor
+
+    def raw(self) -> Tensor:
+        return self.left_MR.mm(self.right_RN)
+
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        param.addmm_(self.left_MR.to(param.dtype), self.right_RN.to(param.dtype), alpha=alpha * self.factor)
+
+
+@dataclass
+class Lines(Direction):
+    """factor * values in the chosen rows (axis 0) or columns (axis 1) of a (M, N) tensor, zero elsewhere."""
+
+    values: Tensor
+    chosen: Tensor  # (R,) indices along `axis`
+    axis: int
+    shape: tuple[int, ...]
+
+    def raw(self) -> Tensor:
+        return self.values.new_zeros(self.shape).index_add_(self.axis, self.chosen, self.values)
+
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        param.index_add_(self.axis, self.chosen, self.values.to(param.dtype), alpha=alpha * self.factor)
+
+
+@dataclass
+class Entries(Direction):
+    """factor * values at chosen positions of the flattened (M, N) tensor, zero elsewhere."""
+
+    values: Tensor  # (R,)
+    chosen: Tensor  # (R,) positions
+    shape: tuple[int, ...]
+
+    def raw(self) -> Tensor:
+        return self.values.new_zeros(self.shape).put_(self.chosen, self.values)
+
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        param.put_(self.chosen, (self.values * (alpha * self.factor)).to(param.dtype), accumulate=True)
+
+
+@dataclass
+class LineScaled(Direction):
+    """factor * value * scale, with one scale a row (M, 1), a column (1, N) or for all (1, 1)."""
+
+    value: Tensor
+    scale: Tensor
+
+    def raw(self) -> Tensor:
+        return self.value * self.scale
+
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        if param.dtype == self.value.dtype == self.scale.dtype:
+            param.addcmul_(self.value, self.scale, value=alpha * self.factor)
+        else:
+            param.add_(self.raw(), alpha=alpha * self.factor)
+
+
+@dataclass
+class Sum(Direction):
+    """factor * (first + second)."""
+
+    first: Direction
+    second: Direction
+
+    def raw(self) -> Tensor:
+        return self.first.tensor() + self.second.tensor()
+
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        self.first.add_to_(param, alpha * self.factor)
+        self.second.add_to_(param, alpha * self.factor)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or wider, for norms and decompositions."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,48 @@
+"""Adam on the natural gradient of the small gradient, with a Fisher matrix from its last few values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_train.optim.direction import Direction, wide
+from lowrank_train.optim.moments import Adam
+from lowrank_train.optim.transform import Change, Rates, Slot, State, counter, tensor_of
+
+
+@dataclass
+class NaturalAdam(Adam):
+    """x <- F^-1 x, F = damping I + H H^T over the last `history` small gradients, the newest included; then Adam.
+
+    Natural GaLore (arXiv 2410.16029). By Woodbury only a (history, history) system is solved:
+    F^-1 x = x/d - H (I + H^T H / d)^-1 H^T x / d^2. The history keeps coordinates of old bases unless it is rotated,
+    and costs `history` times the small gradient.
+    """
+
+    history: int = 20
+    damping: float = 1e-3
+
+    def init(self, param: Tensor, slot: Slot) -> State:
+        past = torch.zeros(self.history, param.numel(), dtype=slot.dtype, device=param.device)
+        return super().init(param, slot) | {"history": past}
+
+    def update(
+        self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
+    ) -> Direction:
+        past, seen = tensor_of(state, "history"), counter(state, "step")
+        vector = wide(compressed).flatten()
+        past[seen % self.history].copy_(vector)
+        rows = wide(past[: min(seen + 1, self.history)])
+        system = rows @ rows.T / self.damping
+        system.diagonal().add_(1.0)
+        weights = torch.cholesky_solve((rows @ vector)[:, None], torch.linalg.cholesky(system)).squeeze(1)
+        natural = vector / self.damping - rows.T @ weights / self.damping**2
+        return super().update(natural.view_as(compressed), state, param, rates, grad)
+
+    def rotate(self, state: State, change: Change) -> None:
+        super().rotate(state, change)
+        past, shape = tensor_of(state, "history"), tensor_of(state, "exp_avg").shape
+        for row in past:
+            row.copy_(change(row.view(shape)).flatten())

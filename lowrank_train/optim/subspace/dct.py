@@ -1,0 +1,127 @@
+"""The columns of one fixed cosine basis that hold most of the gradient."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Size, Tensor
+
+from lowrank_train.optim.direction import Direction, Product, wide
+from lowrank_train.optim.subspace.base import Subspace, resolve_side
+from lowrank_train.optim.transform import Change, Slot, State, counter, tensor_of
+
+
+@functools.cache
+def cosine_basis(dimension: int, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Orthogonal (dimension, dimension) matrix, made once per width. dct2: cosines as columns; dct3: as rows."""
+    if kind == "published":  # float32 with the whole argument, off by up to 1e-5
+        whole = torch.arange(dimension, dtype=torch.float32)
+        rows = math.sqrt(2 / dimension) * torch.cos(torch.outer(whole, 2 * whole + 1) * math.pi / (2 * dimension))
+        rows[0] *= math.sqrt(0.5)
+        return rows.to(dtype).to(device)
+    index = torch.arange(dimension, dtype=torch.float64)
+    # the argument is reduced modulo 2 pi in integers, so that no digit is lost in wide matrices
+    angle = (index[:, None] * (2 * index + 1) % (4 * dimension)) * (math.pi / (2 * dimension))
+    rows = angle.cos() * math.sqrt(2 / dimension)
+    rows[0] *= math.sqrt(0.5)
+    basis = rows if kind == "dct3" else rows.T
+    return basis.to(dtype).to(device).contiguous()
+
+
+@dataclass
+class Dct(Subspace):
+    """The R columns of a cosine basis Q on which A Q has the largest norm (arXiv 2505.17967).
+
+    Q is shared by all matrices of one width and is no state; the state is R indices. Moments are carried over by
+    matching indices. norm=2 keeps the most energy, since Q is orthogonal; the published code takes the norm 1.
+    """
+
+    every: int = 1
+    basis: Literal["dct2", "dct3", "published"] = "dct2"
+    norm: int = 2
+    first_then_multiples: bool = False  # moves at update 1 and at multiples of `every`, as published
+    order: Literal["index", "topk"] = "index"
+
+    orthonormal: ClassVar[bool] = True
+
+    def _init_basis(self, param: Tensor, slot: Slot) -> State:
+        self._refuse_both_sides(param.shape)
+        right = resolve_side(self.side, param.shape) == "right"
+        indices = torch.arange(self.rank_for(param.shape), device=param.device)
+        return {"indices": indices, "dimension": param.shape[1 if right else 0], "right": int(right)}
+
+    def _refuse_both_sides(self, shape: Size) -> None:
+        if resolve_side(self.side, shape) == "both":
+            raise ValueError("strategy.subspace.side=full is not for a cosine basis; use std, left or right")
+
+    def schedule_next(self, state: State, updates_done: int, moved: bool) -> None:
+        super().schedule_next(state, updates_done, moved)
+        if moved and self.first_then_multiples:
+            state["refresh_at"] = (updates_done + 1) // self.every * self.every + self.every - 1
+
+    def move(self, grad: Tensor, state: State) -> bool:
+        right = resolve_side(self.side, grad.shape) == "right"
+        matrix = wide(grad) if right else wide(grad).T
+        scores = torch.linalg.vector_norm(matrix @ self._whole(grad, matrix.dtype), ord=self.norm, dim=0)
+        if not scores.any():
+            return False
+        kept = scores.topk(len(tensor_of(state, "indices")), sorted=self.order == "index").indices
+        tensor_of(state, "indices").copy_(kept.sort().values if self.order == "index" else kept)
+        return True
+
+    def take(self, given: Tensor, state: State, shape: Size) -> None:
+        tensor_of(state, "indices").copy_(given.flatten())
+
+    def down(self, full: Tensor, state: State) -> Tensor:
+        columns = self._columns(full.shape, state, full)
+        return full.mm(columns) if resolve_side(self.side, full.shape) == "right" else columns.T.mm(full)
+
+    def up(self, low: Tensor, state: State, shape: Size) -> Direction:
+        columns = self._columns(shape, state, low)
+        return Product(low, columns.T) if resolve_side(self.side, shape) == "right" else Product(columns, low)
+
+    def subtract_(self, full: Tensor, low: Tensor, state: State, by: float = 1.0) -> Tensor:
+        self.up(low, state, full.shape).add_to_(full, -by)
+        return full
+
+    def snapshot(self, state: State) -> Tensor:
+        return tensor_of(state, "indices").clone()
+
+    def change(self, before: Tensor, state: State) -> Change:
+        """Moments of an index that stays move to its new slot; those of a new index start at zero."""
+        if self.basis == "published":
+            return self._published_change(before, state)
+        same = tensor_of(state, "indices")[:, None] == before[None, :]  # (R new, R old)
+        kept, source = same.any(1), same.int().argmax(1)
+
+        def apply(low: Tensor, *, squared: bool = False) -> Tensor:
+            axis = 1 if state["right"] else 0
+            moved = low.index_select(axis, source)
+            return moved * (kept[:, None] if axis == 0 else kept).to(low.dtype)
+
+        return apply
+
+    def _published_change(self, before: Tensor, state: State) -> Change:
+        """By a product of the bases, whose error of 1e-5 is a start of its own for the moments of a new index."""
+
+        def apply(low: Tensor, *, squared: bool = False) -> Tensor:
+            dimension = counter(state, "dimension")
+            whole = cosine_basis(dimension, self.basis, low.dtype, low.device)
+            coefficients = whole[:, before].T @ whole[:, tensor_of(state, "indices")]  # (R old, R new)
+            return low @ coefficients if state["right"] else coefficients.T @ low
+
+        return apply
+
+    def _whole(self, full: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._basis_of(full.shape, dtype, full.device)
+
+    def _columns(self, shape: Size, state: State, like: Tensor) -> Tensor:
+        return self._basis_of(shape, like.dtype, like.device).index_select(1, tensor_of(state, "indices"))
+
+    def _basis_of(self, shape: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        dimension = shape[1] if resolve_side(self.side, shape) == "right" else shape[0]
+        return cosine_basis(dimension, self.basis, dtype, device)

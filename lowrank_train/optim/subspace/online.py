@@ -1,0 +1,90 @@
+"""A basis learned by gradient descent on its reconstruction error: Online Subspace Descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lowrank_train.optim.direction import wide
+from lowrank_train.optim.moments import Adam, Lion
+from lowrank_train.optim.subspace.svd import Svd
+from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter, tensor_of
+
+
+@dataclass
+class Online(Svd):
+    """B <- B - lr_B rule(dl/dB), l(B) = ||g B B^T - g||_F^2, g = G / ||G||_F (Liang et al., arXiv 2408.12857).
+
+    dl/dB = -4 C B + 2 (C B (B^T B) + B (B^T C B)), C = g^T g (right side; left: g g^T), formed through g B alone.
+    The first basis is the exact decomposition. From the second update on the gradient of B is taken with the
+    basis in force, which also serves the update; B moves after it, by lr_B = (1 / every) * (lr / base lr).
+    """
+
+    every: int = 200  # 1 / the learning rate of the basis: the published code reuses update_proj_gap
+    rule: Literal["adamw", "lion", "sgd"] = "adamw"
+    weight_decay: float = 0.01  # of the basis, torch's default for AdamW, which the published code inherits
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._rules: dict[str, Transform | None] = {"adamw": Adam(), "lion": Lion(), "sgd": None}
+
+    orthonormal: ClassVar[bool] = False
+
+    def _init_basis(self, param: Tensor, slot: Slot) -> State:
+        state = super()._init_basis(param, slot)
+        (key,) = self._keys(state)
+        basis = tensor_of(state, key)
+        state["basis_grad"] = torch.zeros_like(basis)
+        rule = self._rules[self.rule]
+        if rule is not None:
+            state |= {f"basis_{name}": value for name, value in rule.init(basis, slot).items()}
+        return state
+
+    def schedule_next(self, state: State, updates_done: int, moved: bool) -> None:
+        super().schedule_next(state, updates_done, moved)
+        state["refresh_at"] = updates_done + 1  # the basis learns at every update
+
+    def refresh(self, grad: Tensor, state: State) -> bool:
+        given = None
+        if self.source is not None:
+            given = self.source(counter(state, "seed"), counter(state, "updates_done") + 1, grad)
+        if given is not None:
+            self.take(given, state, grad.shape)
+        elif counter(state, "refreshes") == 0:
+            return self.move(grad, state)
+        if counter(state, "refreshes") > 0:
+            return self._learn(grad, state)
+        return True
+
+    def _learn(self, grad: Tensor, state: State) -> bool:
+        (key,) = self._keys(state)
+        norm = torch.linalg.vector_norm(wide(grad))
+        if norm == 0:
+            tensor_of(state, "basis_grad").zero_()
+            return False
+        matrix = wide(grad) / norm
+        operand = matrix if key == "basis_right" else matrix.T  # rows are the lines that are kept
+        basis = wide(tensor_of(state, key))
+        low = operand @ basis
+        covariance = operand.T @ low
+        slope = -4 * covariance + 2 * (covariance @ (basis.T @ basis) + basis @ (low.T @ low))
+        tensor_of(state, "basis_grad").copy_(slope)
+        return True
+
+    def settle(self, state: State, rates: Rates) -> None:
+        if counter(state, "refreshes") < 2:  # the first basis serves two updates
+            return
+        (key,) = self._keys(state)
+        basis, slope = tensor_of(state, key), tensor_of(state, "basis_grad")
+        lr = rates.lr / rates.base_lr / self.every
+        rule = self._rules[self.rule]
+        if rule is None:
+            basis.add_(slope, alpha=-lr)
+            return
+        own = {name.removeprefix("basis_"): value for name, value in state.items() if name.startswith("basis_")}
+        basis.mul_(1 - lr * self.weight_decay)
+        rule.update(slope, own, basis, rates).add_to_(basis, -lr)
+        state["basis_step"] = own.get("step", 0)
