@@ -45,7 +45,7 @@ class InSubspace(Transform):
             {"updates_done": 0},
         )
         state = {key: value for part in parts for key, value in part.items()}
-        assert len(state) == sum(len(part) for part in parts), f"two parts share a key: {list(map(list, parts))}"
+        assert len(state) == sum(len(part) for part in parts), f"two parts share a key: {parts}"
         return state
 
     def refresh_due(self, state: State) -> bool:

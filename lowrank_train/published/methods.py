@@ -1,16 +1,10 @@
-"""The library's entry point, and the one place where the published option names are mapped to our choices."""
+"""The methods of the GaLore family from their published options: the one place where their names become ours."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from lowrank_train.config.seeding import seed_from_name
 from lowrank_train.optim.feedback import ErrorFeedback
 from lowrank_train.optim.flora import Flora
 from lowrank_train.optim.in_subspace import InSubspace
@@ -24,86 +18,13 @@ from lowrank_train.optim.lift import (
 )
 from lowrank_train.optim.moments import Adafactor, Adam, Lion, Momentum, RmsProp
 from lowrank_train.optim.natural import NaturalAdam
-from lowrank_train.optim.optimizer import Group, TransformOptimizer
-from lowrank_train.optim.subspace.base import Subspace
 from lowrank_train.optim.subspace.coordinates import Coordinates
 from lowrank_train.optim.subspace.dct import Dct
 from lowrank_train.optim.subspace.online import Online
 from lowrank_train.optim.subspace.power import Power
 from lowrank_train.optim.subspace.random import Gaussian, Orthonormal
-from lowrank_train.optim.subspace.randomized import Randomized
-from lowrank_train.optim.subspace.svd import Svd
-from lowrank_train.optim.transform import Slot, Transform
-
-BasisSourceByName = Callable[[str, int, Tensor], Any]
-"""(parameter name, 1-based update, gradient) -> the basis in force from that update on, or None for one's own."""
-
-DEFAULT_PROJECT = ("*attn*.weight", "*attention*.weight", "*mlp*.weight")
-"""Attention and MLP linears, as every paper of the family projects them."""
-
-
-class Options:
-    """The options of one call; what no method takes is an error that names the nearest option."""
-
-    def __init__(self, method: str, given: Mapping[str, Any], published: bool) -> None:
-        self.method = method
-        self.published = published
-        self._given = dict(given)
-        self._known: list[str] = []
-
-    def take(self, name: str, default: Any) -> Any:
-        """An option by its published name."""
-        self._known.append(name)
-        return self._given.pop(name, default)
-
-    def finish(self) -> None:
-        """Raise ValueError for options that nobody took."""
-        if self._given:
-            name = next(iter(self._given))
-            nearest = difflib.get_close_matches(name, self._known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"{self.method} has no option {name!r}{hint} It takes: {', '.join(sorted(self._known))}")
-
-
-@dataclass
-class Recipe:
-    """What a method is made of: the rule for projected matrices, the rule for the rest, and the decay."""
-
-    projected: Transform
-    rest: Transform
-    weight_decay: float = 0.0
-
-
-def transformers_adam(options: Options, eps: float = 1e-6) -> Adam:
-    """The AdamW of the GaLore family."""
-    return Adam(
-        betas=tuple(options.take("betas", (0.9, 0.999))),
-        eps=options.take("eps", eps),
-        eps_inside=False,
-        weight_decay_first=False,
-        correct_bias=options.take("correct_bias", True),
-    )
-
-
-def torch_adam(options: Options, betas: tuple[float, float] = (0.9, 0.999)) -> Adam:
-    """torch.optim.AdamW."""
-    return Adam(betas=tuple(options.take("betas", betas)), eps=options.take("eps", 1e-8))
-
-
-def leading(options: Options, **arguments: Any) -> Subspace:
-    """Exact decomposition, raw signs and all at once where the published code is replayed; else our defaults."""
-    if options.published:
-        return Svd(signs="raw", precision="float32", **arguments)
-    return Randomized(stagger=True, **arguments)
-
-
-def galore_arguments(options: Options) -> dict[str, Any]:
-    """rank, update_proj_gap and proj_type."""
-    return {
-        "rank": options.take("rank", 128),
-        "every": options.take("update_proj_gap", 200),
-        "side": options.take("proj_type", "std"),
-    }
+from lowrank_train.optim.transform import Transform
+from lowrank_train.published.options import Options, Recipe, galore_arguments, leading, torch_adam, transformers_adam
 
 
 def galore(options: Options) -> Recipe:
@@ -297,45 +218,3 @@ METHODS: dict[str, Callable[[Options], Recipe]] = {
         options, Lion(tuple(options.take("betas", (0.9, 0.99))), signed=False, weight_decay_first=False)
     ),
 }
-
-
-def optimizer(
-    method: str,
-    named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
-    *,
-    lr: float,
-    project: Iterable[str] | None = None,
-    published: bool = False,
-    basis_source: BasisSourceByName | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> torch.optim.Optimizer:
-    """Any method as a plain torch optimizer, under the option names of its published code."""
-    import fnmatch
-
-    if method not in METHODS:
-        nearest = difflib.get_close_matches(method, METHODS, n=1)
-        raise ValueError(f"there is no method {method!r}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-    pairs = list(named_parameters.named_parameters() if isinstance(named_parameters, nn.Module) else named_parameters)
-    pairs = [(name, param) for name, param in pairs if param.requires_grad]
-    patterns = list(DEFAULT_PROJECT if project is None else project)
-    chosen = [pair for pair in pairs if any(fnmatch.fnmatchcase(pair[0], pattern) for pattern in patterns)]
-    names = {name for name, _ in chosen}
-    taken = Options(method, options, published)
-    recipe = METHODS[method](taken)
-    taken.finish()
-
-    def slots(params: list[tuple[str, Tensor]]) -> list[Slot]:
-        return [
-            Slot(name, seed_from_name(seed, name), index / len(params), param.dtype)
-            for index, (name, param) in enumerate(params)
-        ]
-
-    rest = [pair for pair in pairs if pair[0] not in names]
-    groups = [Group("projected", recipe.projected, chosen, slots(chosen))] if chosen else []
-    groups += [Group("rest", recipe.rest, rest, slots(rest))] if rest else []
-    if basis_source is not None and isinstance(recipe.projected, InSubspace | Flora):
-        by_seed = {slot.seed: slot.name for slot in slots(chosen)}
-        moving = recipe.projected.subspace if isinstance(recipe.projected, InSubspace) else recipe.projected
-        moving.source = lambda s, update, grad: basis_source(by_seed[s], update, grad)
-    return TransformOptimizer(groups, lr=lr, weight_decay=recipe.weight_decay)
