@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -65,6 +66,39 @@ class Quotient(Direction):
             param.addcdiv_(self.numerator, self.denominator, value=alpha * self.factor)
         else:  # mixed dtypes: add_ computes in the wider one and rounds once
             param.add_(self.raw(), alpha=alpha * self.factor)
+
+
+@dataclass
+class RootQuotient(Direction):
+    """factor * numerator / (sqrt(square) + eps), elementwise: Adam's direction, straight from its moments."""
+
+    numerator: Tensor
+    square: Tensor
+    eps: float
+
+    def raw(self) -> Tensor:
+        return wide(self.numerator) / wide(self.square).sqrt().add_(self.eps)
+
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        for into, numerator, square in pieces(param, self.numerator, self.square):
+            denominator = wide(square).sqrt().add_(self.eps)
+            if into.dtype == numerator.dtype == denominator.dtype:
+                into.addcdiv_(numerator, denominator, value=alpha * self.factor)
+            else:  # mixed dtypes: add_ computes in the wider one and rounds once
+                into.add_(wide(numerator) / denominator, alpha=alpha * self.factor)
+
+
+PIECE_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+"""Small enough to save memory, and large enough that waking the threads or launching the kernels costs little."""
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors piece by piece, as flat views of the same elements, all of them once; whole where not contiguous."""
+    size = PIECE_ELEMENTS["cuda" if tensors[0].is_cuda else "cpu"]
+    if tensors[0].numel() <= size or not all(tensor.is_contiguous() for tensor in tensors):
+        yield tensors
+        return
+    yield from zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
 
 
 @dataclass

@@ -18,9 +18,17 @@ class ErrorFeedback:
     LDAdam also feeds back what the rotation of the first moment lost, through `momentum` = b1 / (1 - b1):
     E <- A - up(low) + momentum (up_old(m) - up(C m)). The buffer is E's own: published code keeps it in p.grad, where
     clipping, logging and zero_grad spoil it.
+
+    With `retained` a share of what the subspace took stays in the buffer too: E <- A - (1 - retained) up(low). That is
+    Trion's momentum (arXiv 2505.17967), of which only the directions in use decay.
     """
 
     momentum: float = 0.0  # b1 / (1 - b1) times the rotation's loss; 0: none
+    retained: float = 0.0  # of up(low), Trion's mu; 0: E is the error alone
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.retained < 1:
+            raise ValueError(f"strategy.feedback.retained is {self.retained}; it must be from 0 to below 1")
 
     def init(self, param: Tensor, slot: Slot) -> State:
         return {"error": torch.zeros_like(param, dtype=slot.dtype)}
@@ -41,4 +49,4 @@ class ErrorFeedback:
         kept = low
         if self.momentum and "exp_avg" in state:
             kept = low + self.momentum * tensor_of(state, "exp_avg").to(low.dtype)
-        subspace.subtract_(error, kept.to(error.dtype), state)
+        subspace.subtract_(error, kept.to(error.dtype), state, 1.0 - self.retained)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.adafactor import Adafactor, rms
 from lowrank_train.optim.direction import Dense, Direction, wide
-from lowrank_train.optim.moments import Adafactor, rms
 from lowrank_train.optim.subspace.base import BasisSource
 from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter, tensor_of
 

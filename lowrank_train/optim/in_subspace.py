@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
+from lowrank_train.optim.contradictions import refuse_contradictions
 from lowrank_train.optim.direction import Direction
 from lowrank_train.optim.feedback import ErrorFeedback
 from lowrank_train.optim.lift import Lift
@@ -31,15 +32,17 @@ class InSubspace(Transform):
     feedback: ErrorFeedback | None = None
 
     def __post_init__(self) -> None:
+        refuse_contradictions(self.subspace, self.inner, self.lift, self.on_refresh, self.feedback)
         self.compresses = True
         self.accumulates = self.feedback is None
         self.needs_gradient = self.lift.needs_gradient
         self.weight_decay_first = self.inner.weight_decay_first
 
     def init(self, param: Tensor, slot: Slot) -> State:
+        basis = self.subspace.init(param, slot)
         parts = (
-            self.subspace.init(param, slot),
-            self.inner.init(self._low_like(param), slot),
+            basis,
+            self.inner.init(self._low_like(param, basis), slot),
             self.lift.init(param, slot),
             self.feedback.init(param, slot) if self.feedback is not None else {},
             {"updates_done": 0},
@@ -47,6 +50,9 @@ class InSubspace(Transform):
         state = {key: value for part in parts for key, value in part.items()}
         assert len(state) == sum(len(part) for part in parts), f"two parts share a key: {parts}"
         return state
+
+    def misfit(self, shape: Size) -> str | None:
+        return self.subspace.misfit(shape) or self.inner.misfit(Size(self.subspace.low_shape(shape)))
 
     def refresh_due(self, state: State) -> bool:
         return counter(state, "updates_done") >= counter(state, "refresh_at")
@@ -89,7 +95,7 @@ class InSubspace(Transform):
             self._reset_inner(grad, state)
 
     def _reset_inner(self, grad: Tensor, state: State) -> None:
-        for key, fresh in self.inner.init(self._low_like(grad), Slot("", 0, 0.0, grad.dtype)).items():
+        for key, fresh in self.inner.init(self._low_like(grad, state), Slot("", 0, 0.0, grad.dtype)).items():
             value = state[key]
             if isinstance(value, Tensor):
                 assert isinstance(fresh, Tensor)
@@ -97,5 +103,6 @@ class InSubspace(Transform):
             else:
                 state[key] = fresh
 
-    def _low_like(self, full: Tensor) -> Tensor:
-        return torch.empty(self.subspace.low_shape(full.shape), dtype=full.dtype, device=full.device)
+    def _low_like(self, full: Tensor, state: State) -> Tensor:
+        shape = self.subspace.low_shape_of(state, full.shape)
+        return torch.empty(shape, dtype=full.dtype, device=full.device)

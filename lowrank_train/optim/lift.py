@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.direction import Dense, Direction, LineScaled, Sum, wide
-from lowrank_train.optim.subspace.base import Subspace, resolve_side
+from lowrank_train.optim.subspace.base import Subspace
 from lowrank_train.optim.transform import Slot, State, tensor_of
 
 EPS = 1e-8  # Fira's and APOLLO's code: against division by the norm of an empty line
@@ -22,6 +22,9 @@ class Lift(ABC):
     """From the direction in the subspace to the direction of the matrix."""
 
     needs_gradient: bool = False  # uses what the subspace left out, so the full gradient must be there
+    needs_projection: bool = False  # takes G - up(down(G)) for what was left out, so up(down(.)) must be a projection
+    needs_lines: bool = False  # scales line by line, so one side must stay uncompressed
+    takes_sign: bool = False  # of the whole matrix, so the inner rule need not
 
     def init(self, param: Tensor, slot: Slot) -> State:
         """State of the lift's own."""
@@ -71,7 +74,7 @@ class StateFreeResidual(Lift):
     residual_scale: float = 1.0  # FRUGAL's inactive_lr_scale
 
     def __post_init__(self) -> None:
-        self.needs_gradient = True
+        self.needs_gradient = self.needs_projection = True
 
     def lift(
         self,
@@ -111,7 +114,8 @@ class ScaledResidual(Lift):
     residual_norm: Literal["lines", "whole"] = "lines"  # whole: of the residual itself, formed once more
 
     def __post_init__(self) -> None:
-        self.needs_gradient = True
+        self.needs_gradient = self.needs_lines = True
+        self.needs_projection = self.form == "paper"
 
     def init(self, param: Tensor, slot: Slot) -> State:
         return limiter_state(param)
@@ -126,7 +130,7 @@ class ScaledResidual(Lift):
         param: Tensor,
     ) -> Direction:
         assert grad is not None
-        axis = line_axis(subspace, param)
+        axis = line_axis(subspace, state, param)
         raw = wide(low_update.raw())
         low = wide(low_grad)
         phi = torch.linalg.vector_norm(raw, dim=axis, keepdim=True)
@@ -162,7 +166,7 @@ class ScaledGradient(Lift):
     limited: bool = True
 
     def __post_init__(self) -> None:
-        self.needs_gradient = True
+        self.needs_gradient = self.needs_lines = True
 
     def init(self, param: Tensor, slot: Slot) -> State:
         return limiter_state(param) if self.limited else {}
@@ -177,7 +181,7 @@ class ScaledGradient(Lift):
         param: Tensor,
     ) -> Direction:
         assert grad is not None
-        axis = line_axis(subspace, param)
+        axis = line_axis(subspace, state, param)
         dims = axis if self.per == "channel" else (0, 1)
         raw, low = wide(low_update.raw()), wide(low_grad)
         phi = torch.linalg.vector_norm(raw, dim=dims, keepdim=True)
@@ -189,11 +193,11 @@ class ScaledGradient(Lift):
         return LineScaled(grad, phi.to(grad.dtype), factor=low_update.factor * root)
 
 
-def line_axis(subspace: Subspace, param: Tensor) -> int:
+def line_axis(subspace: Subspace, state: State, param: Tensor) -> int:
     """The axis along which a line's norm is taken: the compressed one."""
-    side = resolve_side(subspace.side, param.shape)
+    side = subspace.side_of(state, param.shape)
     if side == "both":
-        raise ValueError("strategy.subspace.side=full leaves no line uncompressed to be scaled; use std or reverse_std")
+        raise ValueError("strategy.subspace leaves no line uncompressed to be scaled; use side=std, or of=rows")
     return 1 if side == "right" else 0
 
 
@@ -217,6 +221,9 @@ def limiter(state: State, norm: Tensor) -> Tensor:
 @dataclass
 class SignOfBackprojection(Lift):
     """sign(up(u)): the lift of Online Subspace Descent's Lion, which takes the sign of the full matrix."""
+
+    def __post_init__(self) -> None:
+        self.takes_sign = True
 
     def lift(
         self,

@@ -1,4 +1,4 @@
-"""Update rules that keep moments of the gradient elementwise: Adam."""
+"""Update rules that keep moments of the gradient elementwise: Adam, Lion, SGD with momentum, RMSprop."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-from lowrank_train.optim.direction import Dense, Direction, Quotient, wide
+from lowrank_train.optim.direction import Dense, Direction, Quotient, RootQuotient, pieces, wide
 from lowrank_train.optim.transform import Change, Rates, Slot, State, Transform, counter, tensor_of
 
 
@@ -29,12 +30,10 @@ class Adam(Transform):
     eps_inside: bool = True
     weight_decay_first: bool = True
     correct_bias: bool = True
-    rotation: Literal["squares", "statistical"] = "squares"  # how the second moment follows a rotation of the basis
+    rotation: Literal["squares", "statistical", "uncorrected"] = "squares"  # of the second moment as the basis turns
 
     def __post_init__(self) -> None:
-        for name, beta in zip(("betas[0]", "betas[1]"), self.betas, strict=True):
-            if not 0 <= beta < 1:
-                raise ValueError(f"Adam's {name} is {beta}; it must lie in [0, 1)")
+        check_betas("Adam", self.betas)
         if self.eps <= 0:
             raise ValueError(f"Adam's eps is {self.eps}; it must be above 0")
 
@@ -51,32 +50,76 @@ class Adam(Transform):
         beta1, beta2 = self.betas
         step = state["step"] = counter(state, "step") + 1
         exp_avg, exp_avg_sq = tensor_of(state, "exp_avg"), tensor_of(state, "exp_avg_sq")
-        math_dtype = torch.promote_types(exp_avg.dtype, torch.float32)
-        gradient = compressed.to(math_dtype)
-        first, second = exp_avg.to(math_dtype), exp_avg_sq.to(math_dtype)  # the same tensors unless stored narrower
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        if first is not exp_avg:
-            exp_avg.copy_(first)
-            exp_avg_sq.copy_(second)
-        correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if self.correct_bias else (1.0, 1.0)
-        denominator = second.sqrt()
-        if self.eps_inside:
-            denominator.add_(self.eps * math.sqrt(correction2))  # the same quotient with sqrt(c2) taken out
-        else:
-            denominator.add_(self.eps)
-        return Quotient(first, denominator, factor=math.sqrt(correction2) / correction1)
+        for narrow, *moments in pieces(compressed, exp_avg, exp_avg_sq):
+            gradient, first, second = wide(narrow), wide(moments[0]), wide(moments[1])
+            first.lerp_(gradient, 1 - beta1)
+            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            for stored, computed in zip(moments, (first, second), strict=True):
+                if stored is not computed:  # it is stored narrower
+                    stored.copy_(computed)
+        factor, eps = self._factor_and_eps(step)
+        return RootQuotient(exp_avg, exp_avg_sq, eps, factor=factor)
+
+    def apply(
+        self,
+        compressed: Tensor,
+        state: State,
+        param: Tensor,
+        rates: Rates,
+        decay: Tensor | float = 0.0,
+        grad: Tensor | None = None,
+    ) -> None:
+        """By torch's fused kernel where all tensors are alike: each number is read once, with no temporary."""
+        operands = (param, compressed, tensor_of(state, "exp_avg"), tensor_of(state, "exp_avg_sq"))
+        alike = len({(tensor.dtype, tensor.stride()) for tensor in operands}) == 1
+        extended = type(self).update is not Adam.update
+        if extended or not alike or param.device.type not in ("cpu", "cuda"):
+            super().apply(compressed, state, param, rates, decay, grad)
+            return
+        step = state["step"] = counter(state, "step") + 1
+        factor, eps = self._factor_and_eps(step)
+        correction1, root2 = 1 - self.betas[0] ** step, math.sqrt(1 - self.betas[1] ** step)
+        decays = isinstance(decay, Tensor) or decay != 0
+        if decays and self.weight_decay_first:
+            param.mul_(1 - decay)
+        adamw(
+            [param],
+            [compressed],
+            [operands[2]],
+            [operands[3]],
+            [],
+            [torch.full((), step - 1.0, device=param.device)],  # it counts one up itself
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=rates.lr * factor * correction1 / root2,  # it corrects the bias itself, which this undoes
+            weight_decay=0.0,
+            eps=eps / root2,
+            maximize=False,
+        )
+        if decays and not self.weight_decay_first:
+            param.mul_(1 - decay)
+
+    def _factor_and_eps(self, step: int) -> tuple[float, float]:
+        """The bias correction as a factor, and what is added to sqrt(v) so that the factor can be taken out."""
+        if not self.correct_bias:
+            return 1.0, self.eps
+        correction1, root2 = 1 - self.betas[0] ** step, math.sqrt(1 - self.betas[1] ** step)
+        return root2 / correction1, self.eps * root2 if self.eps_inside else self.eps
 
     def rotate(self, state: State, change: Change) -> None:
         """m <- C m; v <- |(C o C) v|, or LDAdam's estimate (arXiv 2410.16103, algorithm 1), which takes v for second
-        moments of independent coordinates: v <- c2 |(C o C)(v/c2 - (m/c1)^2) + (C m/c1)^2|."""
+        moments of independent coordinates: v <- c2 |(C o C)(v/c2 - (m/c1)^2) + (C m/c1)^2|, or that without bias
+        correction, c1 = c2 = 1 (SubTrack++, arXiv 2502.01586)."""
         exp_avg, exp_avg_sq = tensor_of(state, "exp_avg"), tensor_of(state, "exp_avg_sq")
         step = counter(state, "step")
         if step == 0:
             return
         rotated = change(exp_avg)
-        if self.rotation == "statistical":
-            correction1, correction2 = 1 - self.betas[0] ** step, 1 - self.betas[1] ** step
+        if self.rotation != "squares":
+            corrected = self.rotation == "statistical"
+            correction1, correction2 = (1 - beta**step if corrected else 1.0 for beta in self.betas)
             variance = exp_avg_sq / correction2 - (exp_avg / correction1).square()
             second = change(variance, squared=True) + (rotated / correction1).square()
             exp_avg_sq.copy_(second.abs_() * correction2)
@@ -96,6 +139,9 @@ class Lion(Transform):
     signed: bool = True
     weight_decay_first: bool = True
 
+    def __post_init__(self) -> None:
+        check_betas("Lion", self.betas)
+
     def init(self, param: Tensor, slot: Slot) -> State:
         return {"exp_avg": torch.zeros_like(param, dtype=slot.dtype)}
 
@@ -104,7 +150,8 @@ class Lion(Transform):
     ) -> Direction:
         beta1, beta2 = self.betas
         exp_avg = tensor_of(state, "exp_avg")
-        first, gradient = wide(exp_avg), wide(compressed)
+        first = wide(exp_avg)
+        gradient = compressed.to(first.dtype)
         blend = torch.lerp(first, gradient, 1 - beta1)
         first.lerp_(gradient, 1 - beta2)
         if first is not exp_avg:
@@ -117,10 +164,19 @@ class Lion(Transform):
 
 @dataclass
 class Momentum(Transform):
-    """SGD with momentum: m <- momentum m + g; direction = m. Without momentum it keeps no state."""
+    """SGD with momentum as torch.optim.SGD: b <- momentum b + g; direction = b, or g + momentum b with nesterov.
+
+    Without momentum it keeps no state.
+    """
 
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay_first: bool = True
+
+    def __post_init__(self) -> None:
+        check_betas("Momentum", (self.momentum,), "momentum")
+        if self.nesterov and not self.momentum:
+            raise ValueError("Momentum's nesterov is true, but momentum is 0; set momentum, or nesterov to false")
 
     def init(self, param: Tensor, slot: Slot) -> State:
         return {"momentum": torch.zeros_like(param, dtype=slot.dtype)} if self.momentum else {}
@@ -131,76 +187,14 @@ class Momentum(Transform):
         if not self.momentum:
             return Dense(compressed)
         stored = tensor_of(state, "momentum")
-        averaged = wide(stored).mul_(self.momentum).add_(compressed)
-        if averaged is not stored:
-            stored.copy_(averaged)
-        return Dense(averaged)
+        buffer = wide(stored).mul_(self.momentum).add_(compressed)
+        if buffer is not stored:  # it is stored narrower
+            stored.copy_(buffer)
+        return Dense(buffer.mul(self.momentum).add_(compressed) if self.nesterov else buffer)
 
     def rotate(self, state: State, change: Change) -> None:
         if self.momentum:
             tensor_of(state, "momentum").copy_(change(tensor_of(state, "momentum")))
-
-
-@dataclass
-class Adafactor(Transform):
-    """Adafactor (Shazeer and Stern, arXiv 1804.04235) as in transformers: factored second moment, clipped update.
-
-    b2 = 1 - t^decay_rate; q = g^2 + eps; row and column means of q, averaged with b2; u = g / sqrt(row col / mean row);
-    u <- u / max(1, RMS(u) / clip_threshold). With beta1 the average runs over lr-scaled updates, as published.
-    """
-
-    eps: tuple[float, float] = (1e-30, 1e-3)
-    clip_threshold: float = 1.0
-    decay_rate: float = -0.8
-    beta1: float | None = None
-    scale_parameter: bool = False  # times max(eps[1], RMS of the weights)
-    weight_decay_first: bool = True
-
-    def init(self, param: Tensor, slot: Slot) -> State:
-        like = torch.zeros_like(param, dtype=slot.dtype)
-        state: State = {"step": 0}
-        if param.ndim >= 2:
-            state |= {"exp_avg_sq_row": like.new_zeros(param.shape[:-1])}
-            state |= {"exp_avg_sq_col": like.new_zeros(param.shape[:-2] + param.shape[-1:])}
-        else:
-            state["exp_avg_sq"] = like
-        if self.beta1 is not None:
-            state["exp_avg"] = torch.zeros_like(param, dtype=slot.dtype)
-        return state
-
-    def update(
-        self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
-    ) -> Direction:
-        step = state["step"] = counter(state, "step") + 1
-        beta2 = 1.0 - step**self.decay_rate
-        gradient = wide(compressed)
-        squared = gradient.square().add_(self.eps[0])
-        if gradient.ndim >= 2:
-            row, column = tensor_of(state, "exp_avg_sq_row"), tensor_of(state, "exp_avg_sq_col")
-            row.mul_(beta2).add_(squared.mean(-1), alpha=1 - beta2)
-            column.mul_(beta2).add_(squared.mean(-2), alpha=1 - beta2)
-            wide_row = wide(row)
-            scale = (wide_row / wide_row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-            update = scale * wide(column).unsqueeze(-2).rsqrt() * gradient
-        else:
-            second = tensor_of(state, "exp_avg_sq")
-            second.mul_(beta2).add_(squared, alpha=1 - beta2)
-            update = wide(second).rsqrt() * gradient
-        update.div_((rms(update) / self.clip_threshold).clamp_min(1.0))
-        update.mul_(self.decay_scale(param))
-        if self.beta1 is None:
-            return Dense(update)
-        exp_avg = tensor_of(state, "exp_avg")
-        exp_avg.mul_(self.beta1).add_(update, alpha=(1 - self.beta1) * rates.lr)
-        return Dense(wide(exp_avg), factor=1 / rates.lr if rates.lr else 0.0)
-
-    def decay_scale(self, param: Tensor) -> Tensor | float:
-        return rms(wide(param)).clamp_min(self.eps[1]) if self.scale_parameter else 1.0
-
-
-def rms(tensor: Tensor) -> Tensor:
-    """Root of the mean square, 0-dimensional."""
-    return torch.linalg.vector_norm(tensor) / math.sqrt(tensor.numel())
 
 
 @dataclass
@@ -212,6 +206,12 @@ class RmsProp(Transform):
     momentum: float = 0.0
     weight_decay_first: bool = True
 
+    def __post_init__(self) -> None:
+        check_betas("RmsProp", (self.beta,), "beta")
+        check_betas("RmsProp", (self.momentum,), "momentum")
+        if self.eps <= 0:
+            raise ValueError(f"RmsProp's eps is {self.eps}; it must be above 0")
+
     def init(self, param: Tensor, slot: Slot) -> State:
         state: State = {"square_avg": torch.zeros_like(param, dtype=slot.dtype)}
         if self.momentum:
@@ -221,11 +221,32 @@ class RmsProp(Transform):
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
     ) -> Direction:
-        square_avg, gradient = tensor_of(state, "square_avg"), wide(compressed)
+        stored = tensor_of(state, "square_avg")
+        square_avg = wide(stored)
+        gradient = compressed.to(square_avg.dtype)
         square_avg.mul_(self.beta).addcmul_(gradient, gradient, value=1 - self.beta)
-        denominator = wide(square_avg).sqrt().add_(self.eps)
+        if square_avg is not stored:  # it is stored narrower
+            stored.copy_(square_avg)
+        denominator = square_avg.sqrt().add_(self.eps)
         if not self.momentum:
             return Quotient(gradient, denominator)
-        buffer = tensor_of(state, "momentum_buffer")
-        buffer.mul_(self.momentum).add_(gradient / denominator)
-        return Dense(wide(buffer))
+        stored = tensor_of(state, "momentum_buffer")
+        buffer = wide(stored).mul_(self.momentum).addcdiv_(gradient, denominator)
+        if buffer is not stored:
+            stored.copy_(buffer)
+        return Dense(buffer)
+
+    def rotate(self, state: State, change: Change) -> None:
+        """As Adam: v <- |(C o C) v|, and the buffer with C."""
+        square_avg = tensor_of(state, "square_avg")
+        square_avg.copy_(change(square_avg, squared=True).abs_())
+        if self.momentum:
+            tensor_of(state, "momentum_buffer").copy_(change(tensor_of(state, "momentum_buffer")))
+
+
+def check_betas(rule: str, betas: tuple[float, ...], name: str = "betas") -> None:
+    """ValueError where a decay rate does not lie in [0, 1)."""
+    for index, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            place = f"{name}[{index}]" if len(betas) > 1 else name
+            raise ValueError(f"{rule}'s {place} is {beta}; it must lie in [0, 1)")

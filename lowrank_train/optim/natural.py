@@ -16,9 +16,10 @@ from lowrank_train.optim.transform import Change, Rates, Slot, State, counter, t
 class NaturalAdam(Adam):
     """x <- F^-1 x, F = damping I + H H^T over the last `history` small gradients, the newest included; then Adam.
 
-    Natural GaLore (arXiv 2410.16029). By Woodbury only a (history, history) system is solved:
-    F^-1 x = x/d - H (I + H^T H / d)^-1 H^T x / d^2. The history keeps coordinates of old bases unless it is rotated,
-    and costs `history` times the small gradient.
+    Natural GaLore (arXiv 2410.16029). A (history, history) system is all that is solved, and not by the paper's form
+    after Woodbury, x/d - H (I + H^T H / d)^-1 H^T x / d^2, whose terms cancel where gradients are large: x is a column
+    of H, x = H e, so that F^-1 x = H (d I + H^T H)^-1 e, exactly. The history keeps coordinates of old bases unless it
+    is rotated, and costs `history` times the small gradient.
     """
 
     history: int = 20
@@ -35,10 +36,9 @@ class NaturalAdam(Adam):
         vector = wide(compressed).flatten()
         past[seen % self.history].copy_(vector)
         rows = wide(past[: min(seen + 1, self.history)])
-        system = rows @ rows.T / self.damping
-        system.diagonal().add_(1.0)
-        weights = torch.cholesky_solve((rows @ vector)[:, None], torch.linalg.cholesky(system)).squeeze(1)
-        natural = vector / self.damping - rows.T @ weights / self.damping**2
+        values, vectors = torch.linalg.eigh((rows @ rows.T).double())  # of a Gram matrix: below 0 is rounding
+        newest = vectors[seen % self.history]
+        natural = rows.T @ (vectors @ (newest / (values.clamp_min(0) + self.damping))).to(rows.dtype)
         return super().update(natural.view_as(compressed), state, param, rates, grad)
 
     def rotate(self, state: State, change: Change) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.activity import Activity, wake
+from lowrank_train.optim.refusals import When, refuse_impossible
 from lowrank_train.optim.transform import Rates, Slot, State, Transform
-from lowrank_train.optim.update_stats import UpdateStats, describe_refresh, norm, total_norm
+from lowrank_train.optim.update_stats import UpdateStats, describe_refresh, norm, synchronized_sec, total_norm
 
 logger = logging.getLogger(__name__)
-
-When = Literal["after_backward", "project_in_backward", "in_backward"]
 
 
 @dataclass
@@ -40,6 +39,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         pass. No accumulation and no global clipping: both need gradients that are gone.
 
     A parameter whose gradient is not finite is left alone for that update, its state with it, and counted.
+    Tensors whose rule has no use for a gradient yet are asleep: they ask for none, and nothing touches them.
     State is tensors and integers; saving and loading keeps every bit and dtype, which torch's own loading does not.
     """
 
@@ -74,36 +74,26 @@ class TransformOptimizer(torch.optim.Optimizer):
             listed.append({"params": group.params, "name": group.name})
             self.transforms.append(group.transform)
             for (_, param), slot in zip(group.params, group.slots, strict=True):
+                fault = group.transform.misfit(param.shape)
+                if fault is not None:
+                    raise ValueError(f"{slot.name} of shape {tuple(param.shape)}: {fault}")
                 self.slots[param] = slot
                 self.transform_of[param] = group.transform
-        self._refuse_impossible()
+        refuse_impossible(
+            when,
+            clipped=grad_clip is not None,
+            clip_norm_of=clip_norm_of,
+            micro_batches=micro_batches,
+            needs_gradient=any(transform.needs_gradient for transform in self.transforms),
+            accumulates=all(transform.accumulates for transform in self.transforms),
+        )
         super().__init__(listed, {"lr": lr, "weight_decay": weight_decay})
+        for param in self.slots:
+            wake(param)  # what an earlier optimizer left asleep
         if when != "after_backward":
             self._register_hooks()
-
-    def _refuse_impossible(self) -> None:
-        clipped = self.grad_clip is not None
-        if self.when == "in_backward" and self.micro_batches > 1:
-            raise ValueError(
-                f"when=in_backward steps inside every backward pass and cannot accumulate {self.micro_batches} "
-                "micro-batches; use when=project_in_backward, or one larger micro-batch"
-            )
-        if self.when == "in_backward" and clipped:
-            raise ValueError(
-                "when=in_backward frees each gradient before the global norm is known and cannot clip by it; "
-                "use when=project_in_backward or when=after_backward, or set grad_clip to none"
-            )
-        if self.when == "project_in_backward":
-            if clipped and self.micro_batches > 1 and self.clip_norm_of == "full":
-                raise ValueError(
-                    "the norm of a sum of gradients that were freed one by one cannot be known; set "
-                    "clip_norm_of=projected, or when=after_backward, or a single micro-batch"
-                )
-            if any(transform.needs_gradient for transform in self.transforms):
-                raise ValueError(
-                    "when=project_in_backward frees the full gradient, but the lift uses what the subspace left out; "
-                    "use when=after_backward or when=in_backward"
-                )
+        self._activity = Activity(self.transform_of, self.slots)
+        self._activity.follow(self.state)
 
     def initialize(self) -> None:
         """Create all state now instead of at the first update; on meta parameters it is only counted."""
@@ -152,10 +142,13 @@ class TransformOptimizer(torch.optim.Optimizer):
         for param, group in self._ready():
             self._update(param, group, factor)
         self._pending.clear()
+        self._activity.advance(self._state)
+        self._activity.follow(self.state)
 
     def _ready(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters with a whole or a compressed gradient."""
-        pairs = ((param, group) for group in self.param_groups for param in group["params"])
+        asleep = self._activity.asleep
+        pairs = ((param, group) for group in self.param_groups for param in group["params"] if param not in asleep)
         return [(param, group) for param, group in pairs if param.grad is not None or param in self._pending]
 
     def _measure_gradients(self) -> None:
@@ -212,9 +205,9 @@ class TransformOptimizer(torch.optim.Optimizer):
         """compress() when the basis is due to move: timed, counted, and told where something was out of order."""
         transform, state, name = self.transform_of[param], self._state(param), self.slots[param].name
         moves, fallbacks = transform.refresh_counts(state)
-        started_sec = self._synchronized_sec(param)
+        started_sec = synchronized_sec(param.device)
         low = transform.compress(grad, state)
-        self._current.refresh_sec += self._synchronized_sec(param) - started_sec
+        self._current.refresh_sec += synchronized_sec(param.device) - started_sec
         new_moves, new_fallbacks = transform.refresh_counts(state)
         moved, fell_back = new_moves > moves, new_fallbacks > fallbacks
         self._current.refreshes += moved
@@ -226,28 +219,21 @@ class TransformOptimizer(torch.optim.Optimizer):
             logger.warning(remark)
         return low
 
-    @staticmethod
-    def _synchronized_sec(param: Tensor) -> float:
-        if param.is_cuda:
-            torch.cuda.synchronize(param.device)
-        return time.perf_counter()
-
     def _update(self, param: Tensor, group: dict[str, Any], factor: float) -> None:
         transform, state = self.transform_of[param], self._state(param)
+        if factor != 1.0 and not transform.accumulates and param.grad is not None and param not in self._pending:
+            param.grad.mul_(factor)  # before the error of earlier updates joins it, which clipping must not scale
+            factor = 1.0
         low = self._compress(param)
         if factor != 1.0:
             low.mul_(factor)
-            if transform.compresses and param.grad is not None:
+            if transform.compresses and param.grad is not None and param.grad is not low:
                 param.grad.mul_(factor)
         rates = Rates(group["lr"], self.base_lr)
-        direction = transform.update(low, state, param, rates, param.grad if transform.needs_gradient else None)
         scale = transform.decay_scale(param) if group["weight_decay"] else 1.0
         decay = rates.lr * group["weight_decay"] * scale
-        if group["weight_decay"] and transform.weight_decay_first:
-            param.mul_(1 - decay)
-        direction.add_to_(param, -rates.lr)
-        if group["weight_decay"] and not transform.weight_decay_first:
-            param.mul_(1 - decay)
+        transform.apply(low, state, param, rates, decay, param.grad if transform.needs_gradient else None)
+        self._pending.pop(param, None)
         transform.settle(state, rates)
         if transform.needs_gradient:
             param.grad = None  # it served as workspace
@@ -298,3 +284,4 @@ class TransformOptimizer(torch.optim.Optimizer):
             for key, value in (state or {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][key] = value.detach().to(param.device, copy=True)
+        self._activity.follow(self.state)

@@ -32,6 +32,7 @@ class Slot:
     seed: int  # from (run seed, parameter name): a reordered model draws the same numbers
     phase: float  # in [0, 1): the parameter's place among its group, to spread work over steps
     dtype: torch.dtype  # in which floating-point state is stored
+    group: tuple[str, ...] = ()  # the names of all parameters that the rule serves, in the model's order
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,16 @@ class Transform(ABC):
     compresses: bool = False  # compress() returns something smaller than the gradient
     accumulates: bool = True  # compress() is linear in the gradient, so that micro-batches may be compressed one by one
     weight_decay_first: bool = True  # decoupled decay before the update (torch) or after it (transformers)
+    reads_weights: bool = False  # update() looks at each weight, of which a subspace has no small copy
+    clocked: bool = False  # what a tensor does changes with time: `advance` and `complete` after every update
 
     @abstractmethod
     def init(self, param: Tensor, slot: Slot) -> State:
         """Fresh state; must also run on the meta device, where it is only counted."""
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        """Why a tensor of this shape cannot be served by the rule; None if it can."""
+        return None
 
     def refresh_due(self, state: State) -> bool:
         """Whether the next compress() will move the basis."""
@@ -80,12 +87,43 @@ class Transform(ABC):
         `grad` is the full gradient where `needs_gradient`, else None; it may be used as workspace.
         """
 
+    def apply(
+        self,
+        compressed: Tensor,
+        state: State,
+        param: Tensor,
+        rates: Rates,
+        decay: Tensor | float = 0.0,
+        grad: Tensor | None = None,
+    ) -> None:
+        """param <- (1 - decay) param - lr * update(), the decay before or after as weight_decay_first says.
+
+        A rule with a fused kernel for a whole tensor overrides this; the numbers stay those of `update`.
+        """
+        direction = self.update(compressed, state, param, rates, grad)
+        decays = isinstance(decay, Tensor) or decay != 0
+        if decays and self.weight_decay_first:
+            param.mul_(1 - decay)
+        direction.add_to_(param, -rates.lr)
+        if decays and not self.weight_decay_first:
+            param.mul_(1 - decay)
+
     def decay_scale(self, param: Tensor) -> Tensor | float:
         """What the learning rate is multiplied by inside the rule, which weight decay follows."""
         return 1.0
 
     def settle(self, state: State, rates: Rates) -> None:  # noqa: B027 nothing, for most
         """What happens after the direction has been added, such as moving a basis that was still in use."""
+
+    def wants_gradient(self, state: State) -> bool:
+        """Whether the tensor takes part in the next update; its requires_grad follows, where the rule is clocked."""
+        return True
+
+    def advance(self, state: State, param: Tensor, slot: Slot) -> None:  # noqa: B027 nothing, for most
+        """An update is over, with this tensor or without it. Frees what is not needed any more."""
+
+    def complete(self, state: State, param: Tensor, slot: Slot) -> None:  # noqa: B027 nothing, for most
+        """After all tensors have advanced, so that what they free is there: makes what the next update needs."""
 
     def rotate(self, state: State, change: Change) -> None:
         """Carry the state over to a new basis. ValueError where the rule has no way to."""

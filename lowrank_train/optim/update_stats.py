@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,13 @@ class UpdateStats:
             "skipped_tensors": len(self.skipped),
             "skipped_names": list(self.skipped),
         }
+
+
+def synchronized_sec(device: torch.device) -> float:
+    """The clock, after the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def norm(tensor: Tensor) -> Tensor:

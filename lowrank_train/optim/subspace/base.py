@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Size, Tensor
 
-from lowrank_train.optim.direction import Direction
+from lowrank_train.optim.direction import Direction, wide
+from lowrank_train.optim.subspace.lazy import Lazy
 from lowrank_train.optim.transform import Change, Rates, Slot, State, counter
 
 SideRule = Literal["std", "std_left", "reverse_std", "left", "right", "full"]
@@ -57,6 +58,7 @@ class Subspace(ABC):
     stagger: bool = False  # spread the moves of the matrices over the interval instead of moving all at once
 
     orthonormal: ClassVar[bool] = True  # up(down(G)) is a projection of G
+    needs_state: ClassVar[frozenset[str]] = frozenset()  # what a move reads of the inner rule's state
 
     def __post_init__(self) -> None:
         for name in ("rank", "every"):
@@ -67,12 +69,29 @@ class Subspace(ABC):
         if (self.rank is None) == (self.density is None):
             raise ValueError("strategy.subspace needs either rank or density, and not both")
         self.source: BasisSource | None = None  # set by whoever replays a recorded run
+        self.any_rank = False  # one above min(M, N) is taken as published code takes it: cut, or drawn all the same
+        self.lazy: Lazy | None = None
+
+    def be_lazy(self, rule: Lazy) -> None:
+        """Move less often where the basis hardly turns. ValueError where that cannot be known or is not ours to say."""
+        name = type(self).__name__
+        if type(self).schedule_next is not Subspace.schedule_next:
+            raise ValueError(f"strategy.refresh is for subspaces that move at intervals; {name} has a clock of its own")
+        two_sided = len(self.low_shape(Size((64, 64)))) != 2 or self.side == "full"
+        if type(self).change is Subspace.change or not type(self).orthonormal or two_sided:
+            raise ValueError(
+                f"strategy.refresh compares successive orthonormal bases of one side, which the subspace {name} with "
+                f"side={self.side} has not; leave strategy.refresh out"
+            )
+        self.lazy = rule
 
     def init(self, param: Tensor, slot: Slot) -> State:
         """The clock of the moves, and what `_init_basis` adds; the basis is unset until the first update."""
         clock: State = {"refresh_at": 0, "refreshes": 0, "fallbacks": 0, "seed": slot.seed, "phase_steps": 0}
         if self.stagger:
             clock["phase_steps"] = int(slot.phase * self.every)
+        if self.lazy is not None:
+            clock |= self.lazy.init(self.every)
         return clock | self._init_basis(param, slot)
 
     def low_shape(self, shape: Size) -> tuple[int, ...]:
@@ -80,6 +99,14 @@ class Subspace(ABC):
         rows, columns = shape
         side, rank = resolve_side(self.side, shape), self.rank_for(shape)
         return (rows if side == "right" else rank, columns if side == "left" else rank)
+
+    def low_shape_of(self, state: State, shape: Size) -> tuple[int, ...]:
+        """As `low_shape`, of the matrix with this state: some subspaces go by a matrix's name, not its shape alone."""
+        return self.low_shape(shape)
+
+    def side_of(self, state: State, shape: Size) -> Side:
+        """The side that is compressed in the matrix with this state."""
+        return resolve_side(self.side, shape)
 
     def rank_for(self, shape: Size) -> int:
         """Dimensions kept of a (M, N) matrix."""
@@ -92,7 +119,7 @@ class Subspace(ABC):
 
     def misfit(self, shape: Size) -> str | None:
         """Why a matrix of this shape cannot be projected so; None if it can."""
-        if self.rank is not None and self.rank > min(shape):
+        if self.rank is not None and self.rank > min(shape) and not self.any_rank:
             return f"strategy.subspace.rank is {self.rank}, but must be at most {min(shape)}"
         return None
 
@@ -104,10 +131,32 @@ class Subspace(ABC):
             return
         state["refreshes"] = counter(state, "refreshes") + 1
         phase = counter(state, "phase_steps")
-        state["refresh_at"] = updates_done + (phase if first and phase else self.every)
+        if first and phase:
+            state["refresh_at"] = updates_done + phase
+        elif self.lazy is not None:
+            state["refresh_at"] = self.lazy.next_move(state, updates_done)
+        else:
+            state["refresh_at"] = updates_done + self.every
 
     def refresh(self, grad: Tensor, state: State) -> bool:
         """Move the basis, given a finite gradient (M, N); False when the gradient is zero and the basis stays."""
+        if self.lazy is None or counter(state, "refreshes") == 0:
+            return self._moved(grad, state)
+        before = self.snapshot(state)
+        moved = self._moved(grad, state)
+        if moved:
+            self.lazy.remember(self._overlap(before, state, grad), state)
+        return moved
+
+    def _overlap(self, before: Tensor, state: State, grad: Tensor) -> float:
+        """How little the basis has turned, by what `change` makes of the unit: B_new^T B_old or its transpose."""
+        low, full = self.low_shape_of(state, grad.shape), grad.shape
+        rank, dimension = next(((r, d) for r, d in zip(low, full, strict=True) if r < d), (min(low), min(low)))
+        unit = torch.eye(rank, dtype=wide(grad).dtype, device=grad.device)
+        assert self.lazy is not None
+        return self.lazy.measured(self.change(before, state)(unit), dimension)
+
+    def _moved(self, grad: Tensor, state: State) -> bool:
         if self.source is not None:
             given = self.source(counter(state, "seed"), counter(state, "updates_done") + 1, grad)
             if given is not None:
@@ -149,6 +198,14 @@ class Subspace(ABC):
 
     def settle(self, state: State, rates: Rates) -> None:  # noqa: B027 nothing, for most
         """After the update has been made with the basis in force."""
+
+
+def require_one_side(subspace: Subspace) -> None:
+    """ValueError for a subspace that cannot compress both sides and is told to."""
+    if subspace.side == "full":
+        raise ValueError(
+            f"strategy.subspace.side is full, but the subspace {type(subspace).__name__} compresses one side; use std"
+        )
 
 
 def gaussian(shape: Size | tuple[int, ...], state: State, like: Tensor) -> Tensor:

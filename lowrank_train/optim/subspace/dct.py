@@ -5,24 +5,29 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Size, Tensor
 
 from lowrank_train.optim.direction import Direction, Product, wide
-from lowrank_train.optim.subspace.base import Subspace, resolve_side
+from lowrank_train.optim.subspace.base import Subspace, require_one_side, resolve_side
+from lowrank_train.optim.subspace.coordinates import match_indices
 from lowrank_train.optim.transform import Change, Slot, State, counter, tensor_of
 
 
 @functools.cache
 def cosine_basis(dimension: int, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Orthogonal (dimension, dimension) matrix, made once per width. dct2: cosines as columns; dct3: as rows."""
-    if kind == "published":  # float32 with the whole argument, off by up to 1e-5
+    """Orthogonal (dimension, dimension) matrix, made once per width and dtype and then kept, outside all state.
+
+    dct2: cosines as columns; dct3: as rows; published: dct3 in float32 with the whole argument, off by up to 1e-5, and
+    published_dct2 its transpose.
+    """
+    if kind.startswith("published"):
         whole = torch.arange(dimension, dtype=torch.float32)
         rows = math.sqrt(2 / dimension) * torch.cos(torch.outer(whole, 2 * whole + 1) * math.pi / (2 * dimension))
         rows[0] *= math.sqrt(0.5)
-        return rows.to(dtype).to(device)
+        return (rows.T if kind == "published_dct2" else rows).to(dtype).to(device)
     index = torch.arange(dimension, dtype=torch.float64)
     # the argument is reduced modulo 2 pi in integers, so that no digit is lost in wide matrices
     angle = (index[:, None] * (2 * index + 1) % (4 * dimension)) * (math.pi / (2 * dimension))
@@ -41,22 +46,19 @@ class Dct(Subspace):
     """
 
     every: int = 1
-    basis: Literal["dct2", "dct3", "published"] = "dct2"
-    norm: int = 2
+    basis: Literal["dct2", "dct3", "published", "published_dct2"] = "dct2"
+    norm: int = 2  # below 0: the norm -norm, times that of the basis vector itself, as the published code has it
     first_then_multiples: bool = False  # moves at update 1 and at multiples of `every`, as published
     order: Literal["index", "topk"] = "index"
 
-    orthonormal: ClassVar[bool] = True
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_side(self)
 
     def _init_basis(self, param: Tensor, slot: Slot) -> State:
-        self._refuse_both_sides(param.shape)
         right = resolve_side(self.side, param.shape) == "right"
         indices = torch.arange(self.rank_for(param.shape), device=param.device)
         return {"indices": indices, "dimension": param.shape[1 if right else 0], "right": int(right)}
-
-    def _refuse_both_sides(self, shape: Size) -> None:
-        if resolve_side(self.side, shape) == "both":
-            raise ValueError("strategy.subspace.side=full is not for a cosine basis; use std, left or right")
 
     def schedule_next(self, state: State, updates_done: int, moved: bool) -> None:
         super().schedule_next(state, updates_done, moved)
@@ -66,7 +68,10 @@ class Dct(Subspace):
     def move(self, grad: Tensor, state: State) -> bool:
         right = resolve_side(self.side, grad.shape) == "right"
         matrix = wide(grad) if right else wide(grad).T
-        scores = torch.linalg.vector_norm(matrix @ self._whole(grad, matrix.dtype), ord=self.norm, dim=0)
+        whole = self._whole(grad, matrix.dtype)
+        scores = torch.linalg.vector_norm(matrix @ whole, ord=abs(self.norm), dim=0)
+        if self.norm < 0:
+            scores = scores * torch.linalg.vector_norm(whole, ord=-self.norm, dim=0)
         if not scores.any():
             return False
         kept = scores.topk(len(tensor_of(state, "indices")), sorted=self.order == "index").indices
@@ -93,17 +98,9 @@ class Dct(Subspace):
 
     def change(self, before: Tensor, state: State) -> Change:
         """Moments of an index that stays move to its new slot; those of a new index start at zero."""
-        if self.basis == "published":
+        if self.basis.startswith("published"):
             return self._published_change(before, state)
-        same = tensor_of(state, "indices")[:, None] == before[None, :]  # (R new, R old)
-        kept, source = same.any(1), same.int().argmax(1)
-
-        def apply(low: Tensor, *, squared: bool = False) -> Tensor:
-            axis = 1 if state["right"] else 0
-            moved = low.index_select(axis, source)
-            return moved * (kept[:, None] if axis == 0 else kept).to(low.dtype)
-
-        return apply
+        return match_indices(before, tensor_of(state, "indices"), counter(state, "right"))
 
     def _published_change(self, before: Tensor, state: State) -> Change:
         """By a product of the bases, whose error of 1e-5 is a start of its own for the moments of a new index."""

@@ -4,31 +4,75 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Size, Tensor
 
+from lowrank_train.kernels.affine import Affine, dequantize_affine, empty_affine, quantize_affine
 from lowrank_train.optim.direction import Direction, Product, wide
 from lowrank_train.optim.subspace.base import Subspace, gaussian, resolve_side
 from lowrank_train.optim.transform import Change, Slot, State, counter, tensor_of
 
 KEYS = ("basis_left", "basis_right")
+BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass
 class DenseBasis(Subspace):
-    """Holds B as `basis_left` (M, R), `basis_right` (N, R), or both, in the slot's dtype."""
+    """Holds B as `basis_left` (M, R), `basis_right` (N, R), or both, in the slot's dtype, or as affine codes.
+
+    As codes a basis takes 8 or 4 bits a number and 5 bytes a group (Q-GaLore, arXiv 2407.08296, section 3.3), and is
+    decoded at every use: a float32 temporary of the size of one basis while a gradient is projected, and again while an
+    update is projected back. What is projected with is the decoded basis, which is not quite orthonormal.
+    """
 
     signs: Literal["aligned", "raw"] = "aligned"  # raw: LAPACK's whim, as the published codes have it
+    storage: Literal["state", "int8", "int4"] = "state"  # state: in the dtype of all optimizer state
+    storage_group: int = 256  # int8, int4: numbers that share a scale
+
+    codable: ClassVar[bool] = True  # moves as a whole; small steps would be lost in the rounding
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.storage_group < 1:
+            raise ValueError(f"strategy.subspace.storage_group is {self.storage_group}; it must be at least 1")
+        if self.storage != "state":
+            if not self.codable:
+                raise ValueError(
+                    f"strategy.subspace.storage={self.storage} would lose the small steps by which the subspace "
+                    f"{type(self).__name__} moves; use storage=state"
+                )
+            vars(self)["orthonormal"] = False  # this one's, whatever the class says
 
     def _init_basis(self, param: Tensor, slot: Slot) -> State:
         side, rank = resolve_side(self.side, param.shape), self.rank_for(param.shape)
-        return {
-            key: torch.zeros(dimension, rank, dtype=slot.dtype, device=param.device)
-            for key, dimension in zip(KEYS, param.shape, strict=True)
-            if side in (key.removeprefix("basis_"), "both")
-        }
+        state: State = {}
+        for key, dimension in zip(KEYS, param.shape, strict=True):
+            if side in (key.removeprefix("basis_"), "both"):
+                state |= self._empty(key, dimension, rank, slot.dtype, param.device)
+        return state
+
+    def _empty(self, key: str, dimension: int, rank: int, dtype: torch.dtype, device: torch.device) -> State:
+        """A basis of zeros, as it is stored."""
+        if self.storage == "state":
+            return {key: torch.zeros(dimension, rank, dtype=dtype, device=device)}
+        bits, group = BITS[self.storage], self.storage_group
+        empty = empty_affine((dimension, rank), bits=bits, group=group, device=device)
+        coded: State = {f"{key}.{name}": value for name, value in vars(empty).items()}
+        return coded | {f"{key}.dimension": dimension, f"{key}.rank": rank}
+
+    def refresh(self, grad: Tensor, state: State) -> bool:
+        if self.storage == "state":
+            return super().refresh(grad, state)
+        decoded = {key: self._decoded(key, state) for key in KEYS if f"{key}.codes" in state}
+        opened = state | decoded
+        moved = super().refresh(grad, opened)
+        state.update({key: value for key, value in opened.items() if key not in decoded})
+        if moved or counter(state, "refreshes") == 0:
+            for key in decoded:
+                self._encode(key, tensor_of(opened, key), state)
+        return moved
 
     def move(self, grad: Tensor, state: State) -> bool:
         """Find a new basis; each new vector takes the sign that points along the vector it replaces.
@@ -57,12 +101,13 @@ class DenseBasis(Subspace):
     def take(self, given: Tensor, state: State, shape: Size) -> None:
         """Left (M, R), or right transposed (R, N), as the published projectors store it; both: a pair of them.
 
-        A right basis that is not transposed, as Tucker factors are stored, is known by its shape.
+        A right basis that is not transposed, as Tucker factors are stored, is known by its shape, and so is a left one
+        that is, as Flora's projections are.
         """
         parts = given if isinstance(given, tuple | list) else (given,)
         for key, part in zip(self._keys(state), parts, strict=True):
             basis = tensor_of(state, key)
-            transposed = key == "basis_right" and part.T.shape == basis.shape
+            transposed = part.T.shape == basis.shape and (key == "basis_right" or part.shape != basis.shape)
             basis.copy_(part.T if transposed else part)
 
     def down(self, full: Tensor, state: State) -> Tensor:
@@ -85,11 +130,11 @@ class DenseBasis(Subspace):
 
     def snapshot(self, state: State) -> Tensor:
         (key,) = self._keys(state)  # rotating on both sides has no published use
-        return tensor_of(state, key).clone()
+        return self._basis(key, state).clone()
 
     def change(self, before: Tensor, state: State) -> Change:
         (key,) = self._keys(state)
-        coefficients = wide(tensor_of(state, key)).T @ wide(before)  # (R new, R old)
+        coefficients = wide(self._basis(key, state)).T @ wide(before)  # (R new, R old)
 
         def apply(low: Tensor, *, squared: bool = False) -> Tensor:
             matrix = (coefficients.square() if squared else coefficients).to(low.dtype)
@@ -98,11 +143,30 @@ class DenseBasis(Subspace):
         return apply
 
     def _bases(self, state: State, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        left, right = (tensor_of(state, key).to(dtype) if key in state else None for key in KEYS)
+        keys = self._keys(state)
+        left, right = (self._basis(key, state).to(dtype) if key in keys else None for key in KEYS)
         return left, right
 
     def _keys(self, state: State) -> list[str]:
-        return [key for key in KEYS if key in state]
+        return [key for key in KEYS if key in state or f"{key}.codes" in state]
+
+    def _basis(self, key: str, state: State) -> Tensor:
+        return tensor_of(state, key) if key in state else self._decoded(key, state)
+
+    def _decoded(self, key: str, state: State) -> Tensor:
+        """(dimension, R) from codes, which follow the layout of the published projectors: right bases transposed."""
+        codes, scale, zero = (tensor_of(state, f"{key}.{name}") for name in ("codes", "scale", "zero"))
+        dimension, rank = counter(state, f"{key}.dimension"), counter(state, f"{key}.rank")
+        shape = (rank, dimension) if key == "basis_right" else (dimension, rank)
+        stored = Affine(codes, scale, zero)
+        basis = dequantize_affine(stored, shape, bits=BITS[self.storage], group=self.storage_group)
+        return basis.T if key == "basis_right" else basis
+
+    def _encode(self, key: str, basis: Tensor, state: State) -> None:
+        laid_out = basis.T if key == "basis_right" else basis
+        encoded = quantize_affine(laid_out, bits=BITS[self.storage], group=self.storage_group)
+        for name, value in vars(encoded).items():
+            tensor_of(state, f"{key}.{name}").copy_(value)
 
     def _set(self, state: State, bases: dict[str, Tensor]) -> None:
         for key, basis in bases.items():

@@ -8,8 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.adafactor import Adafactor
 from lowrank_train.optim.direction import wide
 from lowrank_train.optim.moments import Adam, Lion
+from lowrank_train.optim.subspace.base import require_one_side
 from lowrank_train.optim.subspace.svd import Svd
 from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter, tensor_of
 
@@ -24,14 +26,21 @@ class Online(Svd):
     """
 
     every: int = 200  # 1 / the learning rate of the basis: the published code reuses update_proj_gap
-    rule: Literal["adamw", "lion", "sgd"] = "adamw"
+    rule: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
     weight_decay: float = 0.01  # of the basis, torch's default for AdamW, which the published code inherits
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._rules: dict[str, Transform | None] = {"adamw": Adam(), "lion": Lion(), "sgd": None}
+        require_one_side(self)
+        self._rules: dict[str, Transform | None] = {
+            "adamw": Adam(),
+            "adafactor": Adafactor(),
+            "lion": Lion(),
+            "sgd": None,
+        }
 
     orthonormal: ClassVar[bool] = False
+    codable: ClassVar[bool] = False
 
     def _init_basis(self, param: Tensor, slot: Slot) -> State:
         state = super()._init_basis(param, slot)
@@ -65,11 +74,10 @@ class Online(Svd):
         if norm == 0:
             tensor_of(state, "basis_grad").zero_()
             return False
-        matrix = wide(grad) / norm
-        operand = matrix if key == "basis_right" else matrix.T  # rows are the lines that are kept
+        operand = wide(grad) if key == "basis_right" else wide(grad).T  # rows are the lines that are kept
         basis = wide(tensor_of(state, key))
-        low = operand @ basis
-        covariance = operand.T @ low
+        low = operand @ basis / norm  # g is never formed: only small products are divided
+        covariance = operand.T @ low / norm
         slope = -4 * covariance + 2 * (covariance @ (basis.T @ basis) + basis @ (low.T @ low))
         tensor_of(state, "basis_grad").copy_(slope)
         return True

@@ -3,47 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lowrank_train.optim.direction import wide
+from lowrank_train.optim.subspace.base import require_one_side
+from lowrank_train.optim.subspace.randomized import orthonormalize
 from lowrank_train.optim.subspace.svd import Svd
 from lowrank_train.optim.transform import State, counter, tensor_of
 
 
 @dataclass
 class Power(Svd):
-    """B <- QR(b^T (b B)), b = rho up(m) / (1 - rho^t) + (1 - rho) A (Robert et al., arXiv 2410.16103).
+    """B <- QR(b^T (b B)), b = rho up(m) / (1 - b1^t) + (1 - rho) A (Robert et al., arXiv 2410.16103).
 
     m is the inner rule's first moment in the old basis and A the gradient with the error fed back. The first basis is
     the exact decomposition. With find_by="svd" every one is. Signs need no care: the moments are rotated.
+    b is never formed for an iteration: up(m) = m B^T with B^T B = I, so that only A is multiplied, once by B and once
+    transposed.
     """
 
     every: int = 1
-    rho: float = 0.908  # also the first beta of the paper's Adam, with which m is corrected
+    rho: float = 0.908  # the paper's, and the first beta of its Adam
+    beta1: float | None = None  # of the inner Adam, with which m is corrected; None: rho
     find_by: Literal["power", "svd"] = "power"
     signs: Literal["aligned", "raw"] = "raw"
+
+    needs_state: ClassVar[frozenset[str]] = frozenset({"exp_avg", "step"})
+    codable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_side(self)
 
     def move(self, grad: Tensor, state: State) -> bool:
         if counter(state, "refreshes") == 0:
             return super().move(grad, state)
-        done = counter(state, "step")
-        momentum = self.up(tensor_of(state, "exp_avg"), state, grad.shape).raw()
-        blend = wide(momentum) * (self.rho / (1 - self.rho**done)) + (1 - self.rho) * wide(grad)
-        largest = blend.abs().amax()
+        matrix, moment = wide(grad), wide(tensor_of(state, "exp_avg"))
+        beta1 = self.rho if self.beta1 is None else self.beta1
+        from_grad, from_moment = 1 - self.rho, self.rho / (1 - beta1 ** counter(state, "step"))
+        largest = max(from_grad * matrix.abs().amax().item(), from_moment * moment.abs().amax().item())
         if largest == 0:
             return False
-        self._set(state, self.find(blend / largest, state))
-        return True
-
-    def find(self, matrix: Tensor, state: State) -> dict[str, Tensor]:
-        if counter(state, "refreshes") == 0 or self.find_by == "svd":
-            return super().find(matrix, state)
+        from_grad, from_moment = from_grad / largest, from_moment / largest  # products of tiny ones would underflow
+        if self.find_by == "svd":
+            up = wide(self.up(tensor_of(state, "exp_avg"), state, grad.shape).raw())
+            self._set(state, self.find(from_moment * up + from_grad * matrix, state))
+            return True
         (key,) = self._keys(state)
-        operand = matrix if key == "basis_right" else matrix.T
-        basis = operand.T @ (operand @ wide(tensor_of(state, key)).to(operand.dtype))
-        if self.precision == "float32":
-            basis = basis.float()
-        return {key: torch.linalg.qr(basis).Q}
+        if key == "basis_left":
+            matrix, moment = matrix.T, moment.T
+        basis = wide(tensor_of(state, key)).to(matrix.dtype)
+        low = torch.addmm(moment, matrix, basis, beta=from_moment, alpha=from_grad)
+        ahead = torch.addmm(basis @ (moment.T @ low), matrix.T, low, beta=from_moment, alpha=from_grad)
+        self._set(state, {key: orthonormalize(ahead.float() if self.precision == "float32" else ahead)})
+        return True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from lowrank_train.optim.subspace.dense import DenseBasis
 from lowrank_train.optim.transform import State, counter, tensor_of
@@ -21,6 +21,9 @@ class Svd(DenseBasis):
     """
 
     precision: Literal["wide", "float32"] = "wide"  # float32: also of a float64 gradient, as published
+
+    def rank_for(self, shape: Size) -> int:
+        return min(super().rank_for(shape), min(shape))  # a matrix has no more singular vectors
 
     def find(self, matrix: Tensor, state: State) -> dict[str, Tensor]:
         if self.precision == "float32":
