@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +11,17 @@ from torch import Tensor, nn
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.parts import instantiate
 from lowrank_train.config.schema import StrategyConfig
-from lowrank_train.config.seeding import seed_from_name
+from lowrank_train.optim.activity import is_trainable, put_to_sleep
+from lowrank_train.optim.blocks import Blocks, BlockSchedule
 from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.lift import Lift
-from lowrank_train.optim.optimizer import Group, TransformOptimizer, When
-from lowrank_train.optim.subspace.base import Subspace, resolve_side
+from lowrank_train.optim.optimizer import Group, TransformOptimizer
+from lowrank_train.optim.refusals import When
+from lowrank_train.optim.selection import matched_names, slots_for
+from lowrank_train.optim.stored import Storage, Stored
+from lowrank_train.optim.subspace.base import Subspace
 from lowrank_train.optim.transform import Slot, Transform
+from lowrank_train.strategy_checks import taken_by_accident
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Strategy:
     select: list[str]  # patterns of parameter names
     selected: Transform | None  # the rule for what `select` matches; None: nothing is selected
     rest: Transform
+    freeze_rest: bool  # what `select` does not match is not trained at all
     when: When
     basis_under_accumulation: Any
     state_dtype: torch.dtype | None  # None: each parameter's own
@@ -50,9 +54,8 @@ class Strategy:
     def from_config(cls, config: StrategyConfig, *, state_dtype: torch.dtype | None = None, seed: int = 0) -> Strategy:
         """Build the parts; a value that a part refuses is a UserError."""
         try:
-            selected = rule_for_selected(config)
-            rest = instantiate(config.rest)
-            assert isinstance(rest, Transform)
+            selected = rule_for_selected(config, seed)
+            rest = stored(instantiate(config.rest), config, of_rest=True)
         except UserError:
             raise
         except ValueError as error:
@@ -62,6 +65,7 @@ class Strategy:
             select=list(config.select),
             selected=selected,
             rest=rest,
+            freeze_rest=config.freeze_rest,
             when=config.when,
             basis_under_accumulation=config.basis_under_accumulation,
             state_dtype=state_dtype,
@@ -84,6 +88,10 @@ class Strategy:
     ) -> TransformOptimizer:
         """The optimizer of every trainable parameter, each in exactly one group. UserError for what cannot be."""
         selected, rest = self._split(model)
+        if self.freeze_rest:
+            for _, param in rest:
+                put_to_sleep(param)
+            rest = []
         groups = []
         for name, transform, params in (("projected", self.selected, selected), ("rest", self.rest, rest)):
             if params:
@@ -109,78 +117,79 @@ class Strategy:
 
     def assignment(self, model: nn.Module) -> list[Assignment]:
         """One row a parameter; state is counted on the meta device, not estimated."""
-        selected = dict(self._split(model)[0])
+        selected, rest = self._split(model)
+        slots = {slot.name: slot for slot in self._slots(selected) + self._slots([] if self.freeze_rest else rest)}
+        chosen = {name for name, _ in selected}
         rows = []
         for name, param in model.named_parameters():
             shape = tuple(param.shape)
-            if not param.requires_grad:
+            if name not in slots:
                 rows.append(Assignment(name, shape, "frozen", "", None, 0))
                 continue
-            transform = self.selected if name in selected else self.rest
+            transform = self.selected if name in chosen else self.rest
             assert transform is not None
             like = torch.empty(shape, dtype=param.dtype, device="meta")
-            state = transform.init(like, self._slots([(name, param)])[0])
+            try:
+                state = transform.init(like, slots[name])
+            except ValueError as error:  # a rule that goes by names cannot say so of a shape alone
+                raise UserError(str(error)) from None
             state_bytes = sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
-            if isinstance(transform, InSubspace):
-                side, rank = resolve_side(transform.subspace.side, shape), transform.subspace.rank_for(param.shape)
+            rule = transform.rule if isinstance(transform, Blocks) else transform
+            if isinstance(rule, InSubspace):
+                side, rank = rule.subspace.side_of(state, param.shape), rule.subspace.rank_for(param.shape)
                 rows.append(Assignment(name, shape, "projected", side, rank, state_bytes))
             else:
-                role = "selected" if name in selected else "rest"
+                role = "selected" if name in chosen else "rest"
                 rows.append(Assignment(name, shape, role, "", None, state_bytes))
         return rows
 
     def _slots(self, params: list[tuple[str, Tensor]]) -> list[Slot]:
-        rank_of = {name: index for index, name in enumerate(sorted(name for name, _ in params))}
-        return [
-            Slot(
-                name=name,
-                seed=seed_from_name(self.seed, name),
-                phase=rank_of[name] / len(params),
-                dtype=self.state_dtype or param.dtype,
-            )
-            for name, param in params
-        ]
+        return slots_for(params, seed=self.seed, state_dtype=self.state_dtype)
 
     def _split(self, model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
         """Trainable parameters inside and outside the subspace. UserError when the selection does not fit."""
-        params: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        params: list[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if is_trainable(p)]
         if self.selected is None:
             return [], params
-        faults, chosen = [], set()
-        for pattern in self.select:
-            matched = [name for name, _ in params if fnmatch.fnmatchcase(name, pattern)]
-            if not matched:
-                nearest = difflib.get_close_matches(pattern, [name for name, _ in params], n=1, cutoff=0.0)
-                faults.append(
-                    f"strategy.select pattern {pattern!r} matched no parameter; nearest: {', '.join(nearest)}"
-                )
-            chosen.update(matched)
+        chosen, faults = matched_names([name for name, _ in params], self.select, "strategy.select")
+        faults += taken_by_accident(model, self.select, chosen)
         faults += [fault for name, param in params if name in chosen for fault in self._misfit(name, param)]
         if not self.select:
             faults.append(f"strategy.select is empty, but strategy {self.name} has a rule for chosen matrices")
+        if isinstance(self.selected, Blocks) and not faults:
+            faults = self.selected.schedule.misfits(tuple(name for name, _ in params if name in chosen))
         if faults:
             raise UserError(faults)
         return [item for item in params if item[0] in chosen], [item for item in params if item[0] not in chosen]
 
     def _misfit(self, name: str, param: Tensor) -> list[str]:
-        if not isinstance(self.selected, InSubspace):
-            return []
-        if param.ndim != 2:
+        rule = self.selected.rule if isinstance(self.selected, Blocks) else self.selected
+        if isinstance(rule, InSubspace) and param.ndim != 2:
             return [
                 f"strategy.select takes in {name} of shape {tuple(param.shape)}, but only matrices can be projected"
             ]
-        fault = self.selected.subspace.misfit(param.shape)
+        fault = rule.misfit(param.shape) if rule is not None else None
         return [f"{name} of shape {tuple(param.shape)}: {fault}"] if fault else []
 
 
-def rule_for_selected(config: StrategyConfig) -> Transform | None:
+def rule_for_selected(config: StrategyConfig, seed: int) -> Transform | None:
     """The composition of the parts; None for a strategy that treats all parameters alike. ValueError for a misfit."""
+    rule = _rule_of_a_tensor(config)
+    if config.blocks is None:
+        return rule
+    if rule is None:
+        raise ValueError(f"strategy {config.name} has blocks but no inner rule for them; choose strategy/inner=NAME")
+    schedule = instantiate(config.blocks)
+    assert isinstance(schedule, BlockSchedule)
+    return Blocks(rule, schedule, seed)
+
+
+def _rule_of_a_tensor(config: StrategyConfig) -> Transform | None:
     if config.inner is None:
         if config.subspace is not None:
             raise ValueError(f"strategy {config.name} has a subspace but no inner rule; choose strategy/inner=NAME")
         return None
-    inner = instantiate(config.inner)
-    assert isinstance(inner, Transform)
+    inner = stored(instantiate(config.inner), config)
     if config.subspace is None:
         return inner
     if config.lift is None:
@@ -188,4 +197,16 @@ def rule_for_selected(config: StrategyConfig) -> Transform | None:
     subspace, lift = instantiate(config.subspace), instantiate(config.lift)
     feedback = None if config.feedback is None else instantiate(config.feedback)
     assert isinstance(subspace, Subspace) and isinstance(lift, Lift)
+    if config.refresh is not None:
+        subspace.be_lazy(instantiate(config.refresh))
     return InSubspace(subspace, inner, lift, config.on_refresh, feedback)
+
+
+def stored(rule: Transform, config: StrategyConfig, of_rest: bool = False) -> Transform:
+    """The rule with its state in the strategy's storage, where that is chosen and meant for it."""
+    assert isinstance(rule, Transform)
+    if config.storage is None:
+        return rule
+    storage = instantiate(config.storage)
+    assert isinstance(storage, Storage)
+    return Stored(rule, storage) if storage.rest or not of_rest else rule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,34 @@ class Options:
         self._known.append(name)
         return self._given.pop(name, default)
 
+    def choose(self, name: str, default: str, choices: Sequence[str]) -> str:
+        """An option that is one of a few words. ValueError for another."""
+        value = self.take(name, default)
+        if value not in choices:
+            raise ValueError(f"{self.method}: {name} is {value!r}; it must be one of {', '.join(choices)}")
+        return str(value)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """An option of the published code that can only be left off. ValueError where it is set."""
+        if self.take(name, False):
+            raise ValueError(f"{self.method}: {name} {reason}")
+
+    def ignore(self, *names: str) -> None:
+        """Options of the published code that change no number."""
+        for name in names:
+            self.take(name, None)
+
+    def take_all(self) -> dict[str, Any]:
+        """Whatever is left, for a class that knows its own options."""
+        left, self._given = self._given, {}
+        return left
+
     def finish(self) -> None:
         """Raise ValueError for options that nobody took."""
         if self._given:
             name = next(iter(self._given))
             nearest = difflib.get_close_matches(name, self._known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            hint = f"; did you mean {nearest[0]}?" if nearest else "."
             raise ValueError(f"{self.method} has no option {name!r}{hint} It takes: {', '.join(sorted(self._known))}")
 
 
@@ -44,10 +66,16 @@ class Recipe:
     projected: Transform
     rest: Transform
     weight_decay: float = 0.0
+    base_lr: float | None = None  # the learning rate before its schedule, where it is not the one of the call
+    micro_batches: int = 1  # compressed one by one as they come, where there are several
+    max_size: int | None = None  # a projected matrix with a side of this length or more goes to the rest
+    project: tuple[str, ...] | None = None  # what is projected where the call does not say; None: as the papers do
+    trained_rest: tuple[str, ...] = ("*",)  # of the rest; what no pattern matches is frozen
 
 
 def transformers_adam(options: Options, eps: float = 1e-6) -> Adam:
     """The AdamW of the GaLore family."""
+    options.ignore("no_deprecation_warning")
     return Adam(
         betas=tuple(options.take("betas", (0.9, 0.999))),
         eps=options.take("eps", eps),
@@ -69,10 +97,13 @@ def leading(options: Options, **arguments: Any) -> Subspace:
     return Randomized(stagger=True, **arguments)
 
 
-def galore_arguments(options: Options) -> dict[str, Any]:
+SIDES = ("std", "reverse_std", "left", "right", "full")
+
+
+def galore_arguments(options: Options, kinds: Sequence[str] = SIDES) -> dict[str, Any]:
     """rank, update_proj_gap and proj_type."""
     return {
         "rank": options.take("rank", 128),
         "every": options.take("update_proj_gap", 200),
-        "side": options.take("proj_type", "std"),
+        "side": options.choose("proj_type", "std", kinds),
     }

@@ -1,33 +1,35 @@
-"""Reading the recorded runs of published code, and replaying one with our optimizer."""
+"""Recorded runs of published code, replayed through the library entry point."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lowrank_train.optim.in_subspace import InSubspace
-from lowrank_train.optim.lift import Backproject
-from lowrank_train.optim.moments import Adam
-from lowrank_train.optim.optimizer import Group, TransformOptimizer
-from lowrank_train.optim.subspace.dense import align_signs
-from lowrank_train.optim.subspace.svd import Svd
-from lowrank_train.optim.transform import Slot, State, counter, tensor_of
+from lowrank_train.optim.optimizer import TransformOptimizer
+from lowrank_train.published import optimizer
+
+Array = NDArray[Any]
+Source = Callable[[str, int, Tensor], Any]
+BASES = ("basis", "factor", "indices", "proj_after")  # what a recording may call what was in force from an update on
 
 
 @dataclass
 class Scenario:
     """One recorded run: its settings, its arrays, and the recipe that rebuilds weights and gradients."""
 
+    name: str
     settings: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Array]
     recipe: ModuleType
 
     @classmethod
@@ -37,85 +39,86 @@ class Scenario:
         recipe = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(recipe)
         with np.load(folder / f"{name}.npz") as arrays:
-            return cls(json.loads((folder / f"{name}.json").read_text()), dict(arrays), recipe)
+            return cls(name, json.loads((folder / f"{name}.json").read_text()), dict(arrays), recipe)
 
-    def bases(self, name: str, update: int) -> dict[str, Tensor] | None:
-        """The bases recorded for a matrix from a 1-based update on, as (dimension, rank), by our state key."""
-        found = {}
-        for key, array in self.arrays.items():
-            part, _, recorded_update = key.partition("@")
-            if not part.startswith("basis:") or int(recorded_update or 0) != update:
-                continue
-            _, recorded_name, *which = part.split(":")
-            if recorded_name != name:
-                continue
-            rank = self.settings["hyper"]["group"]["rank"]
-            left = which == ["0"] or (not which and array.shape[1] == rank and not self._right(name))
-            found["basis_left" if left else "basis_right"] = torch.from_numpy(array if left else array.T)
-        return found or None
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the published code, flat."""
+        hyper = dict(self.settings["hyper"])
+        return hyper | hyper.pop("group", {})
 
-    def _right(self, name: str) -> bool:
-        rows, columns = self.arrays[f"{name}@1"].shape
-        reverse = self.settings["hyper"]["group"]["proj_type"] == "reverse_std"
-        return (rows >= columns) != reverse
+    def recorded_basis(self, name: str, update: int, grad: Tensor) -> Any:
+        """What was in force from a 1-based update on, if that was recorded there: an array, or a pair of them."""
+        del grad
+        if f"basis_next:{name}@1" in self.arrays:  # recorded after each update; the first basis serves two of them
+            return self.arrays[f"basis_next:{name}@1"] if update == 1 else None
+        for kind in BASES:
+            if f"{kind}:{name}@{update}" in self.arrays:
+                return self.arrays[f"{kind}:{name}@{update}"]
+            if f"{kind}:{name}:0@{update}" in self.arrays:
+                return tuple(self.arrays[f"{kind}:{name}:{part}@{update}"] for part in (0, 1))
+        return None
+
+    def own_basis(self, name: str, update: int, grad: Tensor) -> Any:
+        """Our singular vectors of the gradient, in float64, each with the sign of the one recorded."""
+        recorded = self.recorded_basis(name, update, grad)
+        if recorded is None:
+            return None
+        left, _, right = torch.linalg.svd(grad, full_matrices=False)
+        parts = recorded if isinstance(recorded, tuple) else (recorded,)
+        aligned: list[Tensor] = []
+        for part in (torch.from_numpy(part).double() for part in parts):
+            transposed = part.shape[1] == grad.shape[1] and not (part.shape[0] == grad.shape[0] and len(aligned) == 0)
+            own = right[: part.shape[0]] if transposed else left[:, : part.shape[1]]
+            dim = 1 if transposed else 0
+            aligned.append(own * (own * part).sum(dim, keepdim=True).sign())
+        return tuple(aligned) if isinstance(recorded, tuple) else aligned[0]
 
 
 @dataclass
-class ReplayedSvd(Svd):
-    """Either the recorded basis itself, or our own decomposition with the signs that were recorded."""
+class Replay:
+    """What came out of one replay."""
 
-    scenario: Scenario | None = None
-    name: str = ""
-    inject: bool = True
+    error: float  # of the final weights: ||W - W_ref||_F / ||W_ref - W_0||_F over all tensors
+    trace_error: float  # the largest at any update, of a tensor's norm and of the norm of its change, likewise relative
+    optimizer: TransformOptimizer
+    weights: dict[str, nn.Parameter] = field(default_factory=dict)
 
-    def refresh(self, grad: Tensor, state: State) -> bool:
-        assert self.scenario is not None
-        recorded = self.scenario.bases(self.name, counter(state, "updates_done") + 1)
-        assert recorded is not None, "we move the basis at an update where the published code did not"
-        own = self.find(grad, state)
-        for key, basis in recorded.items():
-            tensor_of(state, key).copy_(basis if self.inject else align_signs(own[key], basis))
-        return True
+    def state(self, name: str) -> dict[str, Any]:
+        return self.optimizer.state[self.weights[name]]
 
 
-def replay(scenario: Scenario, *, inject: bool) -> dict[str, Any]:
-    """Run the scenario; returns the largest relative error of any saved weight, and the final optimizer states.
-
-    Relative to the total displacement, over all tensors: ||W - W_ref||_F / ||W_ref,T - W_0||_F.
-    """
-    hyper, final_update = scenario.settings["hyper"], scenario.settings["lr"]["T"]
-    initial, gradient = scenario.recipe.build(scenario.settings["inputs"])
+def replay(scenario: Scenario, method: str, source: Source | None) -> Replay:
+    """Run the scenario with published=True, and compare the weights."""
+    settings, final = scenario.settings, scenario.settings["lr"]["T"]
+    initial, gradient = scenario.recipe.build(settings["inputs"])
+    dtype = np.dtype(settings["dtype"])
+    initial = {name: value.astype(dtype) for name, value in initial.items()}
     weights = {name: nn.Parameter(torch.from_numpy(value.copy())) for name, value in initial.items()}
-    adam = Adam(betas=tuple(hyper["betas"]), eps=hyper["eps"], eps_inside=False, weight_decay_first=False)
-    groups = []
-    for name, weight in weights.items():
-        rule: Adam | InSubspace = adam
-        if name in scenario.settings["low_rank_tensors"]:
-            group = hyper["group"]
-            basis = ReplayedSvd(
-                rank=group["rank"],
-                every=group["update_proj_gap"],
-                side=group["proj_type"],
-                scenario=scenario,
-                name=name,
-                inject=inject,
-            )
-            rule = InSubspace(basis, adam, Backproject(group["scale"]))
-        groups.append(Group(name, rule, [(name, weight)], [Slot(name, 0, 0.0, weight.dtype)]))
-    optimizer = TransformOptimizer(groups, lr=1.0, weight_decay=hyper["weight_decay"])
-    displacement = sum(((scenario.arrays[f"{n}@{final_update}"] - initial[n]) ** 2).sum() for n in weights) ** 0.5
-    worst = 0.0
-    for update, lr in enumerate(scenario.recipe.lrs(scenario.settings["lr"]), start=1):
+    optim = optimizer(
+        method,
+        list(weights.items()),
+        lr=settings["lr"]["lr"],
+        project=settings["low_rank_tensors"],
+        published=True,
+        basis_source=source,
+        **scenario.options,
+    )
+    recorded = {name: scenario.arrays[f"{name}@{final}"] for name in weights}
+    displacement = sum(float(((recorded[name] - initial[name]) ** 2).sum()) for name in weights) ** 0.5
+    trace_error = 0.0
+    for update, lr in enumerate(scenario.recipe.lrs(settings["lr"]), start=1):
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
         for name, value in gradient(update, {n: w.detach().numpy() for n, w in weights.items()}).items():
-            weights[name].grad = torch.from_numpy(np.ascontiguousarray(value))
-        for entry in optimizer.param_groups:
-            entry["lr"] = lr
-        optimizer.step()
-        if update in scenario.settings["weights_saved_at_steps"]:
-            error = sum(
-                ((scenario.arrays[f"{n}@{update}"].astype(np.float64) - w.detach().numpy()) ** 2).sum()
-                for n, w in weights.items()
+            weights[name].grad = torch.from_numpy(np.array(value, dtype=dtype))
+        for group in optim.param_groups:
+            group["lr"] = lr
+        optim.step()
+        for name, weight in weights.items():
+            norm, _, _, change = scenario.arrays[f"trace:{name}"][update - 1]
+            ours = (weight.detach().norm().item(), (weight.detach() - before[name]).norm().item())
+            trace_error = max(
+                trace_error, *(abs(a - b) / displacement for a, b in zip(ours, (norm, change), strict=True))
             )
-            rounding = 0.0 if update == final_update else 1e-6  # earlier weights were stored rounded to float32
-            worst = max(worst, error**0.5 / displacement - rounding)
-    return {"error": worst, "states": {name: optimizer.state[weight] for name, weight in weights.items()}}
+    error = sum(float(((recorded[n] - w.detach().numpy()) ** 2).sum()) for n, w in weights.items()) ** 0.5
+    return Replay(error / displacement, trace_error, optim, weights)
