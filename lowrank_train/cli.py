@@ -37,6 +37,13 @@ class Verb:
 
 VERBS = (
     Verb("train", "train", "lowrank_train.train.run:train", "train a model", "recipe=galore_60m"),
+    Verb(
+        "explain",
+        "explain",
+        "lowrank_train.explain:explain",
+        "what a strategy does with each tensor",
+        "strategy=fira model=llama_60m",
+    ),
     Verb("export", "export", "lowrank_train.export:export", "write a Hugging Face folder", "run=runs/NAME out=FOLDER"),
     Verb(
         "evaluate",
@@ -148,7 +155,10 @@ def _run(argv: list[str]) -> int:
         return sweep([word for word in rest if word not in ("-m", "--multirun")], run_apart)
     from lowrank_train.config import compose, to_yaml
 
-    config = compose(rest)
+    notes: list[str] = []
+    config = compose(rest, notes)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if print_config:
         print(to_yaml(config), end="")
         return 0
@@ -234,8 +244,8 @@ def help_page() -> str:
             "Keys: KEY=VALUE. A recipe beats the groups, and the command line beats the recipe.",
             "  python train.py --cfg job                                    every key with its value, as YAML",
             "  python train.py recipe=galore_60m trainer.batch_size=64      another value",
-            "  python train.py strategy/subspace=randomized                 another part on one axis",
-            "  python train.py strategy=full ~strategy.subspace             drop what the recipe set",
+            "  python train.py strategy=fira                                another method on the same recipe",
+            "  python train.py strategy=fira strategy/subspace=dct          another part on one axis",
             "  python train.py -m optim.lr=3e-3,6e-3 seed=1,2               a sweep, one run folder each",
             "",
             "Exit codes: 0 done, 1 failure, 2 something written wrong, 3 out of memory, 4 loss not finite,",

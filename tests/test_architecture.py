@@ -17,8 +17,8 @@ PACKAGE = ROOT / "lowrank_train"
 FLOORS = [
     {"kernels", "config", "data", "checkpoint"},
     {"optim", "nn", "models"},
-    {"strategy", "published", "evaluate", "export"},
-    {"memory", "report"},
+    {"strategy", "strategy_checks", "published", "evaluate", "export"},
+    {"memory", "report", "explain"},
     {"train"},
     {"cli"},
 ]

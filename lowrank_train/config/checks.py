@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lowrank_train.config.schema import RunConfig
+from lowrank_train.config.strategy_checks import (
+    micro_batches,
+    stepping_faults,
+    strategy_faults,
+    value_of,
+    world_size,
+)
+
+__all__ = ["TASKS_WITH_RUN", "cross_checks", "micro_batches", "world_size"]
 
 TASKS_WITH_RUN = ("export", "generate", "evaluate")
 
@@ -51,6 +58,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "generate.top_p": (0, False),
     "generate.num_samples": (1, True),
     "strategy.subspace.rank": (1, True),
+    "strategy.subspace.density": (0, False),
     "strategy.subspace.every": (1, True),
     "strategy.subspace.iterations": (1, True),
     "strategy.subspace.cold_iterations": (1, True),
@@ -58,7 +66,12 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "strategy.inner.eps": (0, False),
     "strategy.rest.eps": (0, False),
 }
-UPPER_BOUNDS: dict[str, float] = {"seed": 2**32 - 1, "optim.min_lr_ratio": 1, "generate.top_p": 1}
+UPPER_BOUNDS: dict[str, float] = {
+    "seed": 2**32 - 1,
+    "optim.min_lr_ratio": 1,
+    "generate.top_p": 1,
+    "strategy.subspace.density": 1,
+}
 
 
 def cross_checks(config: RunConfig) -> list[str]:
@@ -68,40 +81,26 @@ def cross_checks(config: RunConfig) -> list[str]:
     if not out_of_bounds:  # what follows divides by these numbers
         faults += _model(config)
     if config.task == "train" and not faults:
-        faults += [*_batch(config), *_strategy(config), *_stepping(config), *_machine(config)]
+        faults += [*_batch(config), *strategy_faults(config), *stepping_faults(config), *_machine(config)]
+    if config.task == "explain" and not faults:
+        faults += strategy_faults(config)
     return faults
-
-
-def micro_batches(config: RunConfig) -> int:
-    """Micro-batches per update on each device."""
-    rows = config.trainer.batch_size * world_size(config)
-    return max(1, (config.trainer.total_batch_size or rows) // rows)
-
-
-def world_size(config: RunConfig) -> int:
-    """Devices over all nodes."""
-    return config.trainer.devices * config.trainer.num_nodes
-
-
-def value_of(config: RunConfig, key: str) -> Any:
-    """The value of a dotted key; None where a part is absent or has no such argument."""
-    node: Any = config
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, dict) else getattr(node, name, None)
-    return node
 
 
 def _bounds(config: RunConfig) -> Iterator[str]:
     for key, (least, allowed) in LOWER_BOUNDS.items():
         value = value_of(config, key)
-        if value is not None and not (math.isfinite(value) and (value > least or (allowed and value == least))):
+        if not isinstance(value, int | float):  # absent, or a list where another part has a number
+            continue
+        if not (math.isfinite(value) and (value > least or (allowed and value == least))):
             yield f"{key}={value}: must be {'at least' if allowed else 'above'} {least:g}"
     for key, most in UPPER_BOUNDS.items():
-        if value_of(config, key) > most:
-            yield f"{key}={value_of(config, key)}: must be at most {most}"
+        value = value_of(config, key)
+        if isinstance(value, int | float) and value > most:
+            yield f"{key}={value}: must be at most {most}"
     for key in ("strategy.inner.betas", "strategy.rest.betas"):
-        betas = value_of(config, key) or ()
-        if any(not 0 <= beta < 1 for beta in betas):
+        betas = value_of(config, key)
+        if isinstance(betas, tuple) and any(not 0 <= beta < 1 for beta in betas):
             yield f"{key}={list(betas)}: each must lie in [0, 1)"
 
 
@@ -184,97 +183,6 @@ def _batch(config: RunConfig) -> Iterator[str]:
         yield (
             f"optim.warmup_steps={config.optim.warmup_steps}: is above trainer.steps={trainer.steps}; usual is "
             f"a tenth, optim.warmup_steps={trainer.steps // 10}"
-        )
-
-
-def _strategy(config: RunConfig) -> Iterator[str]:
-    strategy = config.strategy
-    parts = {"inner": strategy.inner, "lift": strategy.lift}
-    if not strategy.rest:
-        yield "strategy.rest: is missing; choose the rule for all other parameters with strategy/rest=adam"
-    if strategy.subspace is None:
-        for name in (name for name, part in parts.items() if part is not None):
-            yield f"strategy.{name}: has no meaning without a subspace; add strategy/subspace=svd or ~strategy.{name}"
-        if strategy.select:
-            yield "strategy.select: has no meaning without a subspace; add strategy/subspace=svd or strategy.select=[]"
-        return
-    for name in (name for name, part in parts.items() if part is None):
-        yield f"strategy.{name}: is missing beside strategy.subspace; choose one with strategy/{name}=NAME"
-    if not strategy.select:
-        yield (
-            "strategy.select: names no parameter for the subspace; give patterns such as "
-            "[*.self_attn.*.weight,*.mlp.*.weight], or drop the subspace with strategy=full"
-        )
-    rank, smallest = strategy.subspace.get("rank"), smallest_side(config)
-    if isinstance(rank, int) and smallest is not None and rank > smallest[0]:
-        yield (
-            f"strategy.subspace.rank={rank}: is above {smallest[0]}, the short side of {smallest[1]} "
-            f"({smallest[2][0]} x {smallest[2][1]}) in model {config.model.name}"
-        )
-
-
-def smallest_side(config: RunConfig) -> tuple[int, str, tuple[int, int]] | None:
-    """The shortest side among the selected matrices of a LLaMA, with the matrix and its shape; None where unknown."""
-    model = config.model
-    if model.kind != "llama":
-        return None
-    hidden, inner = model.hidden_size, model.intermediate_size
-    key_value = hidden // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (key_value, hidden),
-        "self_attn.v_proj": (key_value, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    sides = [
-        (min(shape), name, shape)
-        for name, shape in shapes.items()
-        if any(fnmatch.fnmatchcase(f"model.layers.0.{name}.weight", pattern) for pattern in config.strategy.select)
-    ]
-    return min(sides, default=None)
-
-
-def _stepping(config: RunConfig) -> Iterator[str]:
-    """What cannot be had together when gradients are freed before the step."""
-    when, clip, accumulated = config.strategy.when, config.optim.grad_clip, micro_batches(config)
-    has_subspace = config.strategy.subspace is not None
-    if clip is not None and config.optim.clip_norm_of == "projected" and not has_subspace:
-        yield "optim.clip_norm_of=projected: there is no subspace to project into; write optim.clip_norm_of=full"
-    if clip is None and config.optim.clip_norm_of == "projected":
-        yield "optim.clip_norm_of=projected: nothing is clipped; give optim.grad_clip=1.0 or leave it out"
-    if when == "after_backward":
-        return
-    if world_size(config) > 1:
-        yield (
-            f"strategy.when={when}: frees gradients before {world_size(config)} devices could add theirs up; use "
-            "strategy.when=after_backward, or trainer.devices=1 trainer.num_nodes=1"
-        )
-    if when == "project_in_backward" and not has_subspace:
-        yield (
-            f"strategy.when={when}: strategy {config.strategy.name} has no subspace; use strategy.when=in_backward or "
-            "after_backward"
-        )
-    if when == "in_backward" and accumulated > 1:
-        rows = config.trainer.total_batch_size
-        yield (
-            f"strategy.when={when}: updates a matrix in every backward pass, so it cannot add up the {accumulated} "
-            f"micro-batches of trainer.total_batch_size={rows}; use strategy.when=project_in_backward, which adds "
-            f"up in the subspace, or one micro-batch: trainer.total_batch_size={config.trainer.batch_size}"
-        )
-    if when == "in_backward" and clip is not None:
-        yield (
-            f"optim.grad_clip={clip}: the global norm is known only after the last gradient, and "
-            f"strategy.when={when} has used the first by then; use strategy.when=project_in_backward (the norm of "
-            "a single micro-batch is exact there) or after_backward, or optim.grad_clip=null"
-        )
-    if when == "project_in_backward" and clip is not None and accumulated > 1 and config.optim.clip_norm_of == "full":
-        yield (
-            f"optim.grad_clip={clip}: the norm of a sum of {accumulated} gradients cannot be known when each was freed "
-            f"by strategy.when={when}; use optim.clip_norm_of=projected, strategy.when=after_backward, or a single "
-            "micro-batch"
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_train.config import paths
+from lowrank_train.config.carrying import carry_over, settle_either_or
 from lowrank_train.config.checks import TASKS_WITH_RUN, cross_checks
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.files import load_container, yaml_fault
@@ -25,11 +26,16 @@ from lowrank_train.config.words import Words, no_such_choice, read_words
 MOST_REPAIRS = 8  # wrong choices inside files that are looked past to find more faults
 
 
-def compose(argv: Sequence[str]) -> RunConfig:
-    """The validated configuration for the words of a command line; raises UserError with every fault found."""
+def compose(argv: Sequence[str], notes: list[str] | None = None) -> RunConfig:
+    """The validated configuration for the words of a command line; raises UserError with every fault found.
+
+    What a user should know although it is no fault, such as a recipe's key that was left out, goes into `notes`.
+    """
     require_conf()
     words = read_words(argv, group_choices())
-    tree, origins = _base_from_run(words) or _composed(words)
+    tree, origins = _base_from_run(words) or _with_recipe(words)
+    if notes is not None:
+        notes += words.notes
     _lay_values(tree, words)
     resolved = _resolved(tree, words)
     config, faults = (None, []) if resolved is None else build(resolved)
@@ -41,6 +47,22 @@ def compose(argv: Sequence[str]) -> RunConfig:
     if problems:
         raise UserError(problems)
     return config
+
+
+def _with_recipe(words: Words) -> tuple[Any, Origins]:
+    """The chosen groups and the recipe, which may have been written for another strategy than the chosen one."""
+    tree, origins = _composed(words)
+
+    def compose_strategy(choices: Mapping[str, str | None]) -> Mapping[str, Any]:
+        node: Mapping[str, Any] = _composed(words, {**choices, RECIPE_GROUP: None})[0].strategy
+        return node
+
+    words.notes += carry_over(tree, words, origins, compose_strategy)
+    for group, choice in words.choices.items():
+        axis = group.partition("/")[2]
+        if choice is None and axis:  # and with the part what the strategy's file or the recipe says of it
+            tree.strategy.pop(axis, None)
+    return tree, origins
 
 
 def _composed(words: Words, choices: Mapping[str, str | None] | None = None) -> tuple[Any, Origins]:
@@ -196,6 +218,7 @@ def _lay_values(tree: Any, words: Words) -> None:
             OmegaConf.update(tree, key, value, merge=True, force_add=True)
         except (OmegaConfBaseException, ValueError) as error:  # a mapping for a list, `${` without its end, ...
             words.faults.append(f"{key}={value}: cannot be put there ({str(error).splitlines()[0]})")
+    settle_either_or(tree, dict(words.values))
     for key in words.deletions:
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(tree, parent) if parent else tree

@@ -23,7 +23,7 @@ class Origins:
 
     def of(self, key: str) -> str:
         """`command line`, `recipes/x.yaml, line 12`, or an empty text where the key is a default."""
-        if any(key == name or key.startswith(f"{name}.") for name, _ in self.words.values):
+        if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name, _ in self.words.values):
             return "command line"
         for path, package in self._files():
             line = _line(path, package, key)

@@ -1,7 +1,8 @@
 """The arguments that a part takes, read off its source without importing it (and so without importing torch).
 
 A part is a dataclass named by `_target_`. Its annotated fields, those of its dataclass bases included, are its
-arguments; a Literal says which values there are.
+arguments; a Literal says which values there are. A part that stands for a class of some library takes keys that only
+that class knows: they go into the field that its class variable `free_keys` names, and it checks them when it is built.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ AXES = {
     "subspace": "lowrank_train.optim.subspace.base.Subspace",
     "inner": "lowrank_train.optim.transform.Transform",
     "lift": "lowrank_train.optim.lift.Lift",
+    "storage": "lowrank_train.optim.stored.Storage",
+    "refresh": "lowrank_train.optim.subspace.lazy.Lazy",
     "feedback": "lowrank_train.optim.feedback.ErrorFeedback",
+    "blocks": "lowrank_train.optim.blocks.BlockSchedule",
     "rest": "lowrank_train.optim.transform.Transform",
 }
 """What a part of each axis is derived from. Nothing else is ever called: a configuration cannot run other code."""
@@ -66,6 +70,19 @@ def arguments_of(target: str) -> dict[str, Argument]:
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         found |= dict(_fields(module, tree, node))
     return found
+
+
+@functools.cache
+def free_keys_of(target: str) -> str | None:
+    """The field that takes what no other field of the class is called; None where there is none."""
+    module, _, name = target.rpartition(".")
+    tree = _module_tree(module)
+    node = _class(tree, name) if tree else None
+    for item in node.body if node else ():
+        if isinstance(item, ast.AnnAssign) and ast.unparse(item.target) == "free_keys":
+            assert isinstance(item.value, ast.Constant), f"{target}.free_keys has to be the name of a field"
+            return str(item.value.value)
+    return None
 
 
 @functools.cache
@@ -165,7 +182,8 @@ def part_faults(key: str, part: Part) -> Iterator[tuple[str, str]]:
         if name == TARGET:
             continue
         if name not in arguments:
-            yield f"{key}.{name}", ""
+            if free_keys_of(target) is None:
+                yield f"{key}.{name}", ""
             continue
         try:
             part[name] = convert(value, arguments[name].type)
@@ -185,5 +203,10 @@ def instantiate(part: Part, **runtime: Any) -> Any:
     faults = [f"{key}: {rule or 'there is no such key'}." for key, rule in part_faults("part", part)]
     if faults:
         raise UserError(faults)
-    module, _, name = part.pop(TARGET).rpartition(".")
+    target = part.pop(TARGET)
+    module, _, name = target.rpartition(".")
+    collecting = free_keys_of(target)
+    if collecting is not None:
+        free = {key: part.pop(key) for key in part.keys() - arguments_of(target).keys()}
+        part[collecting] = {**part.get(collecting, {}), **free}
     return getattr(importlib.import_module(module), name)(**part, **runtime)

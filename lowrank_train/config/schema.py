@@ -70,9 +70,13 @@ class StrategyConfig:
     subspace: Part | None = None  # null: `inner` runs on the whole matrix
     inner: Part | None = None  # the rule on the small gradient
     lift: Part | None = None
+    storage: Part | None = None  # the state of `inner`, and of `rest`, in fewer bits; null: as precision.state says
+    refresh: Part | None = None  # when the basis moves; null: every subspace.every updates
     feedback: Part | None = None  # what compression loses is added to the next gradient; null: it is lost
     on_refresh: Literal["keep", "reset", "rotate"] = "keep"  # the moments when the basis moves
+    blocks: Part | None = None  # which of the selected tensors are trained when; null: all, always
     rest: Part = field(default_factory=dict)  # the rule for every other parameter
+    freeze_rest: bool = False  # train nothing but what `select` matches
     when: Literal["after_backward", "project_in_backward", "in_backward"] = "after_backward"
     basis_under_accumulation: Literal["window", "first_micro_batch"] = "window"  # project_in_backward: see README
 
@@ -143,7 +147,7 @@ class GenerateConfig:
 class RunConfig:
     """One invocation of the program."""
 
-    task: Literal["train", "export", "evaluate", "generate", "data_prepare"] = "train"
+    task: Literal["train", "explain", "export", "evaluate", "generate", "data_prepare"] = "train"
     run_name: str | None = None  # null: <model>-<strategy>-<data>
     output_dir: str = "runs"
     resume: str = "auto"  # auto | false | a checkpoint or run folder

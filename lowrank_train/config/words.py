@@ -23,6 +23,7 @@ class Words:
     values: list[tuple[str, Any]] = field(default_factory=list)  # dotted key -> value, in the order written
     deletions: list[str] = field(default_factory=list)  # dotted keys
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what is no fault, but should be known
 
     def value(self, key: str) -> Any:
         """The last value given to a key, or None."""

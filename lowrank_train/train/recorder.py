@@ -32,7 +32,8 @@ COLUMNS_AFTER_RATES = (
     "memory/now_bytes",
     "memory/peak_bytes",
     "time/refresh_sec",
-    "optim/refreshes",
+    "optim/refreshes",  # bases that moved
+    "optim/kept_bases",  # bases that were due to move but stayed: the gradient was zero
     "optim/skipped_tensors",
     "val/loss",
     "val/perplexity",
@@ -171,6 +172,7 @@ class Recorder(L.Callback):
             "memory/peak_bytes": counters.peak_memory_bytes,
             "time/refresh_sec": stats["refresh_sec"],
             "optim/refreshes": stats["refreshes"],
+            "optim/kept_bases": stats["kept_bases"],
             "optim/skipped_tensors": stats["skipped_tensors"],
             "time/elapsed_sec": counters.elapsed_sec,
         }

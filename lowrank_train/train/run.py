@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from lowrank_train.report.banner import BatchArithmetic, assignment_lines, model
 from lowrank_train.report.card import show_card
 from lowrank_train.report.console import Console
 from lowrank_train.report.result import write_result
+from lowrank_train.report.savings import advice
 from lowrank_train.strategy import Strategy
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
 from lowrank_train.train.csv_file import CsvFile, MetricsCsv
@@ -144,7 +146,7 @@ def announce(
 ) -> None:
     """What is about to be trained, how, on what, and where it goes."""
     settings = config.trainer
-    parameters = list(model.parameters())
+    parameters, assignment = list(model.parameters()), strategy.assignment(model)
     batch = BatchArithmetic(
         settings.batch_size, data.micro_batches, settings.devices * settings.num_nodes, config.data.seq_len
     )
@@ -152,12 +154,12 @@ def announce(
         model_sentence(
             config.model.name,
             sum(p.numel() for p in parameters),
-            sum(p.numel() for p in parameters if p.requires_grad),
+            sum(math.prod(row.shape) for row in assignment if row.role != "frozen"),
             weights_bytes(model),
             config.precision.weights,
         ),
         f"strategy {config.strategy.name}, step {config.strategy.when}, precision {config.precision.name}:",
-        *assignment_lines(strategy.assignment(model)),
+        *assignment_lines(assignment),
         f"data {config.data.name}: {config.data.packing}, {batch.sentence()}; {settings.steps:,} updates",
         *([utilization(model, config.data.seq_len, device, batch.devices)[1]] if device.type == "cuda" else []),
         f"run folder: {folder.path}",
@@ -165,6 +167,9 @@ def announce(
     if folder.resume_from is not None:
         lines.append(f"going on after step {folder.step:,}, from {folder.resume_from}")
     console.say("\n".join(lines))
+    remark = advice(config.strategy.name, strategy.assignment(model), DTYPES[config.precision.state].itemsize)
+    if remark:
+        console.warn(remark)
 
 
 def fit(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lowrank_train.config import RunConfig, compose
-from lowrank_train.config.checks import LOWER_BOUNDS, UPPER_BOUNDS, cross_checks, micro_batches, smallest_side
+from lowrank_train.config.checks import LOWER_BOUNDS, UPPER_BOUNDS, cross_checks, micro_batches
+from lowrank_train.config.strategy_checks import smallest_side
 
 Faults = Callable[..., list[str]]
 
@@ -53,16 +54,21 @@ REFUSED_AND_ALLOWED: list[tuple[str, str, str]] = [  # words refused; part of th
     ("run=somewhere", "training takes no run=", "run_name=somewhere"),
     ("resume=nowhere", "must be auto, false, or a checkpoint or run folder that exists", "resume=false"),
     ("resume=yes", "must be auto, false", "resume=auto"),
-    ("strategy.select=[]", "names no parameter for the subspace", "strategy.select=['*.mlp.*.weight']"),
+    ("strategy.select=[]", "names no parameter for strategy.inner", "strategy.select=['*.mlp.*.weight']"),
     ("~strategy.lift", "is missing beside strategy.subspace", "strategy/lift=backproject"),
     ("~strategy.inner", "choose one with strategy/inner=NAME", "strategy/inner=adamw"),
     ("~strategy.rest", "choose the rule for all other parameters", "strategy/rest=adamw"),
     ("~strategy.subspace", "strategy.lift: has no meaning without a subspace", "strategy/subspace=randomized"),
     (
-        "strategy=full ~strategy.subspace strategy.select=['*.weight']",
-        "strategy.select: has no meaning without a subspace",
-        "strategy=full ~strategy.subspace",
+        "strategy=full strategy.select=['*.weight']",
+        "has no meaning without a rule for what it selects",
+        "strategy=full",
     ),
+    ("strategy=full strategy/inner=adamw", "names no parameter for strategy.inner", "strategy=full"),
+    ("strategy=full strategy/feedback=error", "strategy.feedback: has no meaning without a subspace", "strategy=full"),
+    ("strategy.subspace.rank=8 strategy.subspace.density=0.1", "says the same as", "strategy.subspace.density=0.1"),
+    ("strategy=frugal strategy.subspace.every=1", "no moment would outlive one", "strategy=frugal"),
+    ("strategy.subspace.density=1.5", "must be at most 1", "strategy.subspace.density=0.5"),
     ("model=hf data.tokenizer=x", "needs model.path=FOLDER", "model=hf model.path=gpt2"),
     (
         "model.attention=flash_attention_2 trainer.accelerator=cpu",
@@ -74,7 +80,8 @@ REFUSED_AND_ALLOWED: list[tuple[str, str, str]] = [  # words refused; part of th
 NO_CLIP = "optim.grad_clip=null"
 BACKWARD, PROJECT = "strategy.when=in_backward", "strategy.when=project_in_backward"
 WINDOW = "trainer.total_batch_size=16"
-FULL = "strategy=full ~strategy.subspace"
+FULL = "strategy=full"
+LDADAM = "strategy=ldadam optim.grad_clip=null strategy.when=project_in_backward"
 STEPPING: list[tuple[str, str, str]] = [
     (f"{BACKWARD} {NO_CLIP} {WINDOW}", "cannot add up the 4 micro-batches", f"{PROJECT} {NO_CLIP} {WINDOW}"),
     (
@@ -88,6 +95,7 @@ STEPPING: list[tuple[str, str, str]] = [
     (f"{PROJECT} {WINDOW}", "optim.clip_norm_of=projected", f"{PROJECT} {WINDOW} optim.clip_norm_of=projected"),
     (f"{PROJECT} {WINDOW}", "strategy.when=after_backward", WINDOW),
     (f"{FULL} {PROJECT}", "has no subspace", f"{FULL} {BACKWARD} {NO_CLIP}"),
+    (f"{LDADAM} {WINDOW}", "would add the error to every one", LDADAM),
     (f"{FULL} optim.clip_norm_of=projected", "no subspace to project into", FULL),
     (f"{NO_CLIP} optim.clip_norm_of=projected", "nothing is clipped", "optim.clip_norm_of=projected"),
     (f"{PROJECT} trainer.devices=2", "frees gradients before 2 devices", "trainer.devices=2"),

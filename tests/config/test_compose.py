@@ -49,17 +49,6 @@ def test_strategy_without_the_axis_gets_it() -> None:
     assert strategy.lift["scale"] == 0.25
 
 
-def test_recipe_with_another_strategy_leaves_its_keys_behind(faults: Faults) -> None:
-    found = faults("recipe=galore_350m", "strategy=full")
-    assert len(found) == 1
-    assert found[0].startswith("strategy.subspace (recipes/galore_350m.yaml, line ")
-    assert "~strategy.subspace" in found[0]
-    assert "strategy/subspace=NAME" in found[0]
-    config = compose(["recipe=galore_350m", "strategy=full", "~strategy.subspace"])
-    assert config.strategy.subspace is None
-    assert config.strategy.rest["eps"] == 1e-8
-
-
 @pytest.mark.parametrize(
     "word, value",
     [

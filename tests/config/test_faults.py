@@ -112,8 +112,8 @@ def test_slips_in_a_recipe_and_in_a_group_file_are_found_with_their_lines(own_ya
     recipe.write_text(recipe.read_text().replace("warmup_steps:", "warmup_step:").replace("rank: 128", "rank: many"))
     optim = own_yaml / "conf" / "optim" / "cosine.yaml"
     optim.write_text(optim.read_text().replace("schedule: cosine", "schedule: cosin"))
-    svd = own_yaml / "conf" / "strategy" / "subspace" / "svd.yaml"
-    svd.write_text(svd.read_text().replace("stagger:", "stager:"))
+    basis = own_yaml / "conf" / "strategy" / "subspace" / "randomized.yaml"
+    basis.write_text(basis.read_text().replace("stagger:", "stager:"))
     found = faults("recipe=galore_60m", "optim.lr=fast", "seeed=3")
     assert len(found) == 6
 
@@ -129,7 +129,7 @@ def test_slips_in_a_recipe_and_in_a_group_file_are_found_with_their_lines(own_ya
     assert any(
         fault.startswith(f"optim.schedule=cosin {line(optim, 'schedule: cosin')}: must be one of") for fault in found
     )
-    assert any(fault.startswith(f"strategy.subspace.stager {line(svd, 'stager:')}") for fault in found)
+    assert any(fault.startswith(f"strategy.subspace.stager {line(basis, 'stager:')}") for fault in found)
     assert "optim.lr=fast (command line): must be a number" in found
     assert any(fault.startswith("seeed (command line)") for fault in found)
 
