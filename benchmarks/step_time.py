@@ -1,162 +1,222 @@
-"""One optimizer step of our GaLore beside galore-torch 1.0 on the LLaMA-60M and 350M matrices, in one process.
+"""One optimizer step of every method beside its published implementation, in one process, on LLaMA's matrices.
 
-    .venv/bin/pip install --no-deps galore-torch==1.0 tensorly bitsandbytes
-    .venv/bin/python -m benchmarks.step_time
+    .venv/bin/python -m benchmarks.step_time            (benchmarks/rivals.py says what to install)
 
-galore-torch is the published implementation (exact SVD at every refresh). Ours is timed with the same exact SVD and
-with the warm-started randomised basis. Every optimizer gets the same gradients; they take turns, the median counts.
-Gradients are random: their values do not change the time of a step.
+The sides get copies of the same gradients and take turns; medians count. `refresh` is a step that moves every basis.
+`products` times nothing but the matrix products that the method's algebra cannot do without, on the projected matrices.
+`extra` is the peak of a step less what is there before it. Gradients are random: values do not change the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import logging as transformers_logging
 
-from benchmarks.rows import interleaved_median_sec, write_rows
-from lowrank_train.config.schema import StrategyConfig
-from lowrank_train.strategy import Strategy
+from benchmarks.rivals import LR, RIVALS, Params
+from benchmarks.rows import interleaved_median_sec, peak_extra_bytes, write_rows
+from lowrank_train import optimizer
 
 SIZES = {"llama_60m": (512, 1376, 128), "llama_350m": (1024, 2736, 256)}  # hidden, intermediate, GaLore's rank
 VOCABULARY = 32000
-NEVER = 1_000_000  # updates between refreshes, where none is wanted
-ADAM = {"_target_": "lowrank_train.optim.moments.Adam", "eps": 1e-6, "eps_inside": False, "weight_decay_first": False}
+NEVER = 1_000_000  # updates between two moves of a basis, where none is wanted
 
 
-def parameters(hidden: int, intermediate: int, layers: int) -> dict[str, nn.Parameter]:
-    """Parameters with the names and shapes of a LLaMA of `layers` layers."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed": (VOCABULARY, hidden),
-        "head": (VOCABULARY, hidden),
-        "norm": (hidden,),
-    }
+@dataclass(frozen=True)
+class Measured:
+    """How a method is called, and the products with a (M, N) x (N, R) factor that each update needs."""
+
+    method: str
+    every: str | None = None  # the option that says how often the basis moves; None: it does at every update, or never
+    options: tuple[tuple[str, Any], ...] = ()
+    products: int = 2  # down and up; what can be added up before the product counts once
+
+
+METHODS = {
+    "adamw": Measured("adamw", products=0),
+    "galore": Measured("galore", "update_proj_gap"),
+    "galore_adafactor": Measured("galore_adafactor", "update_proj_gap"),
+    "fira": Measured("fira", "update_proj_gap"),
+    "apollo": Measured("apollo", "update_proj_gap", products=1),
+    "apollo_mini": Measured("apollo", "update_proj_gap", (("rank", 1), ("scale_type", "tensor"), ("scale", 128.0)), 1),
+    "frugal": Measured("frugal", "update_gap", (("density", 0.25),), products=3),
+    "frugal_coord": Measured("frugal_coord", "update_gap", (("density", 0.25),), products=0),
+    "online_subspace": Measured("online_subspace", None, products=3),
+    "ldadam": Measured("ldadam", None, products=6),
+    "dct_adamw": Measured("dct_adamw", "update_proj_gap"),
+    "flora": Measured("flora", None),
+    "natural_galore": Measured("natural_galore", "update_proj_gap"),
+}
+
+
+def parameters(hidden: int, intermediate: int, layers: int) -> tuple[Params, Params]:
+    """The matrices that are projected, and the rest, with the shapes of a LLaMA of `layers` layers."""
+    projected: dict[str, tuple[int, ...]] = {}
     for layer in range(layers):
         for name in "qkvo":
-            shapes[f"layers.{layer}.attn.{name}"] = (hidden, hidden)
-        shapes |= {f"layers.{layer}.mlp.{name}": (intermediate, hidden) for name in ("gate", "up")}
-        shapes[f"layers.{layer}.mlp.down"] = (hidden, intermediate)
-    return {name: nn.Parameter(torch.randn(shape) * 0.02) for name, shape in shapes.items()}
+            projected[f"layers.{layer}.attn.{name}.weight"] = (hidden, hidden)
+        projected |= {f"layers.{layer}.mlp.{name}.weight": (intermediate, hidden) for name in ("gate", "up")}
+        projected[f"layers.{layer}.mlp.down.weight"] = (hidden, intermediate)
+    rest: dict[str, tuple[int, ...]] = {"embed": (VOCABULARY, hidden), "head": (VOCABULARY, hidden), "norm": (hidden,)}
+    made = ({name: nn.Parameter(torch.randn(s) * 0.02) for name, s in part.items()} for part in (projected, rest))
+    return tuple(made)  # type: ignore[return-value]
 
 
-def is_projected(name: str) -> bool:
-    return ".attn." in name or ".mlp." in name
+def ours(name: str, projected: Params, rest: Params, rank: int, every: int) -> torch.optim.Optimizer:
+    measured = METHODS[name]
+    options = dict(measured.options)
+    if name not in ("adamw", "frugal", "frugal_coord"):
+        options.setdefault("rank", rank)
+    if measured.every is not None:
+        options[measured.every] = every
+    pairs = [*projected.items(), *rest.items()]
+    return optimizer(measured.method, pairs, lr=LR, project=list(projected) if name != "adamw" else None, **options)
 
 
-class Named(nn.Module):
-    """Parameters under their own names, as a model has them."""
+class Side:
+    """One optimizer with parameters of its own, and fresh copies of the gradients before each step."""
 
-    def __init__(self, params: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        self.params = params
+    def __init__(self, build: Callable[..., torch.optim.Optimizer], parts: tuple[Params, Params], *how: Any) -> None:
+        own = [{name: nn.Parameter(param.detach().clone()) for name, param in part.items()} for part in parts]
+        self.params = [param for part in own for param in part.values()]
+        self.optimizer = build(*own, *how)
 
-    def named_parameters(self, *_: Any, **__: Any) -> Any:
-        return iter(self.params.items())
+    def prepare(self, gradients: list[Tensor]) -> None:
+        for param, gradient in zip(self.params, gradients, strict=False):
+            param.grad = gradient.clone()
 
-
-def ours(params: dict[str, nn.Parameter], rank: int, every: int, subspace: str) -> torch.optim.Optimizer:
-    target = {"svd": "svd.Svd", "randomized": "randomized.Randomized"}[subspace]
-    config = StrategyConfig(
-        name="galore",
-        select=["*.attn.*", "*.mlp.*"],
-        subspace={"_target_": f"lowrank_train.optim.subspace.{target}", "rank": rank, "every": every},
-        inner=ADAM,
-        lift={"_target_": "lowrank_train.optim.lift.Backproject"},
-        rest=ADAM,
-    )
-    return Strategy.from_config(config).optimizer(Named(params), lr=1e-4)
+    def step(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.optimizer.step()
 
 
-def published(params: dict[str, nn.Parameter], rank: int, every: int) -> torch.optim.Optimizer:
-    from galore_torch import GaLoreAdamW
+def products_alone(projected: Params, rank: int, count: int) -> Callable[[], None]:
+    """`count` products of every projected matrix with a basis, into memory that is there already."""
+    work = []
+    for param in projected.values():
+        matrix = param.detach().clone() if param.shape[0] >= param.shape[1] else param.detach().T.clone()
+        basis = torch.randn(matrix.shape[1], rank)
+        work.append((matrix, basis, matrix.mm(basis)))
 
-    group = {"rank": rank, "update_proj_gap": every, "scale": 0.25, "proj_type": "std"}
-    return GaLoreAdamW(
-        [
-            {"params": [p for name, p in params.items() if not is_projected(name)]},
-            {"params": [p for name, p in params.items() if is_projected(name)], **group},
-        ],
-        lr=1e-4,
-        no_deprecation_warning=True,
-    )
+    def run() -> None:
+        for matrix, basis, low in work:
+            for index in range(count):
+                if index % 2:
+                    matrix.addmm_(low, basis.T, alpha=-LR)
+                else:
+                    torch.mm(matrix, basis, out=low)
 
-
-def stepper(
-    build: Callable[[dict[str, nn.Parameter], int], torch.optim.Optimizer],
-    params: dict[str, nn.Parameter],
-    gradients: list[Tensor],
-    every: int,
-) -> Callable[[], None]:
-    """A function that makes one step from the same gradients each time."""
-    own = {name: nn.Parameter(param.detach().clone()) for name, param in params.items()}
-    optimizer = build(own, every)
-
-    def step() -> None:
-        for param, gradient in zip(own.values(), gradients, strict=True):
-            param.grad = gradient
-        optimizer.step()
-
-    return step
+    return run
 
 
-def measure(model: str, layers: int, repeats: int, refresh_repeats: int) -> list[dict[str, Any]]:
+def measure(name: str, model: str, layers: int, repeats: int, refresh_repeats: int) -> dict[str, Any]:
+    """One row: a method on one model."""
     hidden, intermediate, rank = SIZES[model]
-    params = parameters(hidden, intermediate, layers)
-    gradients = [torch.randn_like(param) for param in params.values()]
-    builders: dict[str, Callable[[dict[str, nn.Parameter], int], torch.optim.Optimizer]] = {
-        "galore-torch 1.0": lambda p, every: published(p, rank, every),
-        "ours, exact SVD": lambda p, every: ours(p, rank, every, "svd"),
-        "ours, randomized": lambda p, every: ours(p, rank, every, "randomized"),
-    }
-    plain = {name: stepper(build, params, gradients, NEVER) for name, build in builders.items()}
-    plain_sec = interleaved_median_sec(plain, repeats)
-    del plain
-    refreshing = {name: stepper(build, params, gradients, 1) for name, build in builders.items()}
-    refresh_sec = interleaved_median_sec(refreshing, refresh_repeats)
-    first = next(iter(builders))
-    return [
-        {
-            "model": model,
-            "layers": layers,
-            "rank": rank,
-            "optimizer": name,
-            "step_ms": round(1e3 * plain_sec[name], 1),
-            "step_ratio": round(plain_sec[name] / plain_sec[first], 3),
-            "refresh_step_ms": round(1e3 * refresh_sec[name], 1),
-            "refresh_step_ratio": round(refresh_sec[name] / refresh_sec[first], 3),
-        }
-        for name in builders
-    ]
+    parts = parameters(hidden, intermediate, layers)
+    package, rival = RIVALS.get(name, ("", None))
+    builders: dict[str, Callable[..., torch.optim.Optimizer]] = {"ours": lambda *how: ours(name, *how)}
+    if rival is not None:
+        builders["theirs"] = rival
+    measured = METHODS[name]
+    row: dict[str, Any] = {"method": name, "model": model, "layers": layers, "rank": rank, "rival": package or None}
+    sec = timed(builders, parts, rank, NEVER, repeats)
+    row |= in_ms("step", sec)
+    if measured.every is not None:
+        row |= in_ms("refresh", timed(builders, parts, rank, 1, refresh_repeats))
+    if measured.products:
+        alone = products_alone(parts[0], rank if name != "apollo_mini" else 1, measured.products)
+        only = timed({"ours": builders["ours"]}, (parts[0], {}), rank, NEVER, repeats, {"products": alone})
+        row |= {"products_ms": ms(only["products"]), "over_products": round(only["ours"] / only["products"], 2)}
+    for side, build in builders.items():
+        one = Side(build, parts, rank, NEVER)
+        gradients = [torch.randn_like(param) for param in one.params]
+        for _ in range(2):
+            one.prepare(gradients)
+            one.step()
+        one.prepare(gradients)
+        row[f"{side}_extra_mib"] = round(peak_extra_bytes(one.step) / 2**20, 1)
+    return row
+
+
+def timed(
+    builders: dict[str, Callable[..., torch.optim.Optimizer]],
+    parts: tuple[Params, Params],
+    rank: int,
+    every: int,
+    repeats: int,
+    others: dict[str, Callable[[], None]] | None = None,
+) -> dict[str, float]:
+    sides = {name: Side(build, parts, rank, every) for name, build in builders.items()}
+    gradients = [torch.randn_like(param) for part in parts for param in part.values()]
+
+    def prepare() -> None:
+        for side in sides.values():
+            side.prepare(gradients)
+
+    actions = {name: side.step for name, side in sides.items()} | (others or {})
+    return interleaved_median_sec(actions, repeats, prepare)
+
+
+def ms(sec: float) -> float:
+    return round(1e3 * sec, 1)
+
+
+def in_ms(what: str, sec: dict[str, float]) -> dict[str, Any]:
+    row: dict[str, Any] = {f"{side}_{what}_ms": ms(value) for side, value in sec.items()}
+    if "theirs" in sec:
+        row[f"{what}_ratio"] = round(sec["ours"] / sec["theirs"], 3)
+    return row
+
+
+COLUMNS = {
+    "method": "method",
+    "model": "model",
+    "rival": "rival",
+    "ours_step_ms": "step ms",
+    "step_ratio": "to theirs",
+    "over_products": "to products",
+    "ours_refresh_ms": "refresh ms",
+    "refresh_ratio": "to theirs",
+    "ours_extra_mib": "extra MiB",
+    "theirs_extra_mib": "theirs",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers-60m", type=int, default=8, help="of 8")
-    parser.add_argument("--layers-350m", type=int, default=4, help="of 24; the time is linear in them")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--refresh-repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--layers-60m", type=int, default=8, help="of 8; 0 leaves the model away")
+    parser.add_argument("--layers-350m", type=int, default=2, help="of 24; the time is linear in them")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--refresh-repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    layers_of = {"llama_60m": arguments.layers_60m, "llama_350m": arguments.layers_350m}
+    table = Table(title="one optimizer step; ratios: ours to theirs, and to the unavoidable products alone")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="left" if title in ("method", "model", "rival") else "right")
     rows = []
-    for model, layers in (("llama_60m", arguments.layers_60m), ("llama_350m", arguments.layers_350m)):
-        rows += measure(model, layers, arguments.repeats, arguments.refresh_repeats)
-    table = Table(title="one optimizer step (ratio: to galore-torch 1.0)")
-    for column in ("model", "layers", "rank", "optimizer", "step ms", "ratio", "step with refresh ms", "ratio"):
-        table.add_column(column, justify="left" if column in ("model", "optimizer") else "right")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console(width=130).print(table)
+    for model, layers in layers_of.items():
+        for name in arguments.methods if layers else []:
+            rows.append(measure(name, model, layers, arguments.repeats, arguments.refresh_repeats))
+            table.add_row(*(str(rows[-1].get(key) or "") for key in COLUMNS))
+            print(rows[-1], flush=True)
+    Console(width=150).print(table)
     print("written to", write_rows("step_time", rows))
 
 
