@@ -104,17 +104,17 @@ def products_alone(projected: Params, rank: int, count: int) -> Callable[[], Non
     """`count` products of every projected matrix with a basis, into memory that is there already."""
     work = []
     for param in projected.values():
-        matrix = param.detach().clone() if param.shape[0] >= param.shape[1] else param.detach().T.clone()
-        basis = torch.randn(matrix.shape[1], rank)
-        work.append((matrix, basis, matrix.mm(basis)))
+        weight = param.detach().clone() if param.shape[0] >= param.shape[1] else param.detach().T.clone()
+        basis = torch.randn(weight.shape[1], rank)
+        work.append((weight, torch.randn_like(weight), basis, weight.mm(basis)))
 
     def run() -> None:
-        for matrix, basis, low in work:
+        for weight, gradient, basis, low in work:
             for index in range(count):
                 if index % 2:
-                    matrix.addmm_(low, basis.T, alpha=-LR)
+                    weight.addmm_(low, basis.T, alpha=-LR)
                 else:
-                    torch.mm(matrix, basis, out=low)
+                    torch.mm(gradient, basis, out=low)
 
     return run
 

@@ -123,7 +123,7 @@ def active_blocks(turn: int, number: int, size: int, order: Order, seed: int) ->
     """
     if order == "uniform":
         generator = torch.Generator().manual_seed(seed_from_name(seed, f"interval {turn}"))
-        return frozenset(torch.randperm(number, generator=generator)[:size].tolist())
+        return frozenset(torch.randperm(number, generator=generator, device="cpu")[:size].tolist())
     if order == "random":
         return frozenset(_swept_at_random(turn, number, size, seed))
     places = [position % number for position in range(turn * size, (turn + 1) * size)]
@@ -142,7 +142,7 @@ def _swept_at_random(turn: int, number: int, size: int, seed: int) -> list[int]:
         chosen, left = left[:size], left[size:]
         missing = size - len(chosen)
         if missing:  # the sweep ends within this interval; what it has of the old one comes last in the new one
-            drawn: list[int] = torch.randperm(number, generator=generator).tolist()
+            drawn: list[int] = torch.randperm(number, generator=generator, device="cpu").tolist()
             drawn = [i for i in drawn if i not in chosen] + [i for i in drawn if i in chosen]
             chosen, left = chosen + drawn[:missing], drawn[missing:]
     return chosen

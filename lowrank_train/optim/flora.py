@@ -95,7 +95,7 @@ class Flora(Transform):
                 tensor_of(state, "projection").copy_(given)
             return tensor_of(state, "projection")
         generator = torch.Generator().manual_seed(counter(state, "seed") + counter(state, "refreshes"))
-        drawn = torch.randn(self._projection_shape(param), generator=generator) / math.sqrt(self.rank)
+        drawn = torch.randn(self._projection_shape(param), generator=generator, device="cpu") / math.sqrt(self.rank)
         return drawn.to(param.device)
 
     @staticmethod

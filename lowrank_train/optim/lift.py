@@ -58,7 +58,7 @@ class Backproject(Lift):
         state: State,
         param: Tensor,
     ) -> Direction:
-        return subspace.up(low_update.tensor(), state, param.shape).scaled(self.scale)
+        return subspace.up(low_update.raw(), state, param.shape).scaled(self.scale * low_update.factor)
 
 
 @dataclass
@@ -86,7 +86,7 @@ class StateFreeResidual(Lift):
         param: Tensor,
     ) -> Direction:
         assert grad is not None
-        inside = subspace.up(low_update.tensor(), state, param.shape)
+        inside = subspace.up(low_update.raw(), state, param.shape).scaled(low_update.factor)
         if low_grad.numel() == grad.numel():
             return inside.scaled(self.scale)
         residual = subspace.subtract_(grad, low_grad, state)

@@ -14,6 +14,12 @@ from lowrank_train.optim.direction import Dense, Direction, Quotient, RootQuotie
 from lowrank_train.optim.transform import Change, Rates, Slot, State, Transform, counter, tensor_of
 
 
+def fits_fused(*tensors: Tensor) -> bool:
+    """Whether torch's fused kernel takes these: one dtype and layout, on a device that has it."""
+    alike = len({(tensor.dtype, tensor.stride()) for tensor in tensors}) == 1
+    return alike and tensors[0].device.type in ("cpu", "cuda")
+
+
 @dataclass
 class Adam(Transform):
     """Adam (Kingma and Ba, arXiv 1412.6980), with both conventions for eps.
@@ -50,6 +56,11 @@ class Adam(Transform):
         beta1, beta2 = self.betas
         step = state["step"] = counter(state, "step") + 1
         exp_avg, exp_avg_sq = tensor_of(state, "exp_avg"), tensor_of(state, "exp_avg_sq")
+        factor, eps = self._factor_and_eps(step)
+        if compressed.dtype in (torch.float32, torch.float64) and fits_fused(compressed, exp_avg, exp_avg_sq):
+            quotient = torch.zeros_like(compressed)  # narrower numbers would round it once more than their product does
+            self._fused(quotient, compressed, state, -1.0, eps)
+            return Dense(quotient, factor=factor)
         for narrow, *moments in pieces(compressed, exp_avg, exp_avg_sq):
             gradient, first, second = wide(narrow), wide(moments[0]), wide(moments[1])
             first.lerp_(gradient, 1 - beta1)
@@ -57,7 +68,6 @@ class Adam(Transform):
             for stored, computed in zip(moments, (first, second), strict=True):
                 if stored is not computed:  # it is stored narrower
                     stored.copy_(computed)
-        factor, eps = self._factor_and_eps(step)
         return RootQuotient(exp_avg, exp_avg_sq, eps, factor=factor)
 
     def apply(
@@ -71,35 +81,39 @@ class Adam(Transform):
     ) -> None:
         """By torch's fused kernel where all tensors are alike: each number is read once, with no temporary."""
         operands = (param, compressed, tensor_of(state, "exp_avg"), tensor_of(state, "exp_avg_sq"))
-        alike = len({(tensor.dtype, tensor.stride()) for tensor in operands}) == 1
         extended = type(self).update is not Adam.update
-        if extended or not alike or param.device.type not in ("cpu", "cuda"):
+        if extended or not fits_fused(*operands):
             super().apply(compressed, state, param, rates, decay, grad)
             return
         step = state["step"] = counter(state, "step") + 1
         factor, eps = self._factor_and_eps(step)
-        correction1, root2 = 1 - self.betas[0] ** step, math.sqrt(1 - self.betas[1] ** step)
         decays = isinstance(decay, Tensor) or decay != 0
         if decays and self.weight_decay_first:
             param.mul_(1 - decay)
+        self._fused(param, compressed, state, rates.lr * factor, eps)
+        if decays and not self.weight_decay_first:
+            param.mul_(1 - decay)
+
+    def _fused(self, into: Tensor, gradient: Tensor, state: State, by: float, eps: float) -> None:
+        """The moments take in the gradient; into -= by * m / (sqrt(v) + eps)."""
+        step = counter(state, "step")
+        correction1, root2 = 1 - self.betas[0] ** step, math.sqrt(1 - self.betas[1] ** step)
         adamw(
-            [param],
-            [compressed],
-            [operands[2]],
-            [operands[3]],
+            [into],
+            [gradient],
+            [tensor_of(state, "exp_avg")],
+            [tensor_of(state, "exp_avg_sq")],
             [],
-            [torch.full((), step - 1.0, device=param.device)],  # it counts one up itself
+            [torch.full((), step - 1.0, device=into.device)],  # it counts one up itself
             fused=True,
             amsgrad=False,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            lr=rates.lr * factor * correction1 / root2,  # it corrects the bias itself, which this undoes
+            lr=by * correction1 / root2,  # it corrects the bias itself, which this undoes
             weight_decay=0.0,
             eps=eps / root2,
             maximize=False,
         )
-        if decays and not self.weight_decay_first:
-            param.mul_(1 - decay)
 
     def _factor_and_eps(self, step: int) -> tuple[float, float]:
         """The bias correction as a factor, and what is added to sqrt(v) so that the factor can be taken out."""

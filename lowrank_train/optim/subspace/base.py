@@ -212,4 +212,4 @@ def gaussian(shape: Size | tuple[int, ...], state: State, like: Tensor) -> Tenso
     """Standard normal numbers, the same on every device, drawn from (parameter seed, number of moves)."""
     generator = torch.Generator().manual_seed(counter(state, "seed") + counter(state, "refreshes"))
     wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.randn(shape, generator=generator, dtype=wide).to(like.device)
+    return torch.randn(shape, generator=generator, device="cpu", dtype=wide).to(like.device)

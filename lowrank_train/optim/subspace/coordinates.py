@@ -52,7 +52,7 @@ class Coordinates(Subspace):
     def move(self, grad: Tensor, state: State) -> bool:
         count = self.rank_for(grad.shape)
         if self.choose == "random":
-            chosen = torch.randperm(self._total(grad.shape), generator=seeded(state))[:count]
+            chosen = torch.randperm(self._total(grad.shape), generator=seeded(state), device="cpu")[:count]
         else:
             scores = self._norms(grad)
             if not scores.any():
@@ -126,7 +126,7 @@ class SampledLines(Coordinates):
         if total == 0:
             return False
         reached = norms.cumsum(0)
-        drawn = torch.rand(len(indices), generator=seeded(state), dtype=torch.float64).to(reached.device)
+        drawn = torch.rand(len(indices), generator=seeded(state), device="cpu", dtype=torch.float64).to(reached.device)
         chosen = torch.searchsorted(reached, drawn * reached[-1], right=True)  # right: never a line of norm 0
         indices.copy_(chosen.sort().values)
         weights.copy_((total / norms[indices] / len(indices)).sqrt())

@@ -86,7 +86,7 @@ class CrossHead(DenseBasis):
         if not heads:
             return operand
         needed = math.ceil(tensor_of(state, key).shape[1] / self.head_dim)
-        drawn = torch.randperm(heads, generator=seeded(state))[:needed].to(operand.device)
+        drawn = torch.randperm(heads, generator=seeded(state), device="cpu")[:needed].to(operand.device)
         return operand.unflatten(0, (heads, self.head_dim)).index_select(0, drawn).flatten(0, 1)
 
     def _leading(self, sample: Tensor, key: str, state: State) -> Tensor:
