@@ -94,11 +94,15 @@ def test_command_composes(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert isinstance(compose(words), RunConfig)
 
 
-def test_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", README) + re.findall(r'src="([^"]+)"', README)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", text) + re.findall(r'src="([^"]+)"', text)
     local = [target for target in targets if not target.startswith("http")]
-    assert local
-    assert [target for target in local if not (ROOT / target).exists()] == []
+    assert [target for target in local if not (page.parent / target).exists()] == []
 
 
 def test_glossary_names_real_keys() -> None:

@@ -59,7 +59,7 @@ class SparseResidual(Lift):
     ) -> Direction:
         assert grad is not None
         done = state["lifts_done"] = counter(state, "lifts_done") + 1
-        inside = subspace.up(low_update.tensor(), state, param.shape).scaled(self.scale)
+        inside = subspace.up(low_update.raw(), state, param.shape).scaled(self.scale * low_update.factor)
         if done <= self.warmup:
             self._warm_up(subspace.subtract_(grad, low_grad, state), state, last=done == self.warmup)
             return inside

@@ -93,7 +93,7 @@ class WeightNorm(Lift):
         param: Tensor,
     ) -> Direction:
         assert grad is not None
-        along = subspace.up(low_update.tensor(), state, param.shape).scaled(self.scale)
+        along = subspace.up(low_update.raw(), state, param.shape).scaled(self.scale * low_update.factor)
         return renormalised(self._lengths, along, grad, state, param)
 
 
