@@ -42,7 +42,14 @@ CHOICES = {
     "power": ["strategy/subspace=power"],
     "online": ["strategy/subspace=online"],
     "dct": ["strategy/subspace=dct"],
-    "coordinates": ["strategy/subspace=coordinates"],
+    "rows, random": ["strategy/subspace=coordinates", "strategy.subspace.of=rows"],
+    "rows, top norm": [
+        "strategy/subspace=coordinates",
+        "strategy.subspace.of=rows",
+        "strategy.subspace.choose=top",
+    ],
+    "cross_head": ["strategy/subspace=cross_head"],
+    "geodesic": ["strategy/subspace=geodesic"],
     "orthonormal": ["strategy/subspace=orthonormal"],
     "gaussian": ["strategy/subspace=gaussian"],
 }
@@ -93,12 +100,12 @@ def captured(gradient: Tensor, subspace: Subspace, state: State) -> float:
     return (low.square().sum() / gradient.square().sum()).item()
 
 
-def follow(name: str, sequence: list[Tensor], rank: int, every: int) -> dict[str, list[float]]:
+def follow(name: str, matrix: str, sequence: list[Tensor], rank: int, every: int) -> dict[str, list[float]]:
     """One subspace over the gradients of one matrix: energy and seconds."""
     subspace = build(name, rank, every)
     rule = InSubspace(subspace, Adam(), Backproject())
     param = torch.zeros_like(sequence[0])
-    state = rule.init(param, Slot("matrix", 0, 0.0, torch.float32))
+    state = rule.init(param, Slot(matrix, 0, 0.0, torch.float32))
     found: dict[str, list[float]] = {"moving": [], "between": [], "sec": []}
     for update, gradient in enumerate(sequence):
         singular_values = torch.linalg.svdvals(gradient)
@@ -119,26 +126,25 @@ def follow(name: str, sequence: list[Tensor], rank: int, every: int) -> dict[str
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Energy against the time of a move, a point a subspace."""
+    """A bar a subspace: the captured energy, and beside it the time of a move."""
+    shown = sorted(rows, key=lambda row: row["energy_moving"])
     figure = Figure(figsize=(7.5, 4.5), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    for row in rows:
-        axes.plot(row["move_ms"], row["energy_moving"], "o", color="tab:blue")
-        axes.annotate(row["subspace"], (row["move_ms"], row["energy_moving"]), (5, 4), textcoords="offset points")
-    axes.set_xscale("log")
-    axes.set_xlabel("milliseconds a move")
-    axes.set_ylabel("captured energy, exact SVD = 1")
+    bars = axes.barh([row["subspace"] for row in shown], [row["energy_moving"] for row in shown], color="tab:blue")
+    axes.bar_label(
+        bars, [f"{row['energy_moving']:.3f}   {row['move_ms']:.1f} ms" for row in shown], padding=4, fontsize=9
+    )
+    axes.set_xlim(0, 1.25)
+    axes.set_xlabel("captured energy where the basis moves, exact SVD = 1; milliseconds a move")
     axes.set_title(f"rank {rows[0]['rank']}, gradients of training", loc="left", fontsize=11)
-    axes.set_ylim(0, 1.06)
-    axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=21, help="whose gradients are kept")
-    parser.add_argument("--every", type=int, default=10, help="updates between two moves")
+    parser.add_argument("--updates", type=int, default=16, help="whose gradients are kept")
+    parser.add_argument("--every", type=int, default=5, help="updates between two moves")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -149,7 +155,7 @@ def main() -> None:
         joined: dict[str, list[float]] = {"moving": [], "between": [], "sec": []}
         for matrix in kept[0]:
             sequence = [gradients[matrix] for gradients in kept]
-            for key, values in follow(name, sequence, arguments.rank, arguments.every).items():
+            for key, values in follow(name, matrix, sequence, arguments.rank, arguments.every).items():
                 joined[key] += values
         row: dict[str, Any] = {"subspace": name, "rank": arguments.rank}
         row["every"] = 1 if name in EVERY_UPDATE else arguments.every
