@@ -126,7 +126,12 @@ def measure(name: str, model: str, layers: int, repeats: int, refresh_repeats: i
     package, rival = RIVALS.get(name, ("", None))
     builders: dict[str, Callable[..., torch.optim.Optimizer]] = {"ours": lambda *how: ours(name, *how)}
     if rival is not None:
-        builders["theirs"] = rival
+        try:
+            rival({"matrix": nn.Parameter(torch.zeros(4, 4))}, {}, 1, NEVER)
+            builders["theirs"] = rival
+        except ImportError as error:
+            print(f"{name}: without {package}, which is not installed ({error}); see benchmarks/rivals.py")
+            package = ""
     measured = METHODS[name]
     row: dict[str, Any] = {"method": name, "model": model, "layers": layers, "rank": rank, "rival": package or None}
     sec = timed(builders, parts, rank, NEVER, repeats)
