@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_train.config.schema import DataConfig
+from lowrank_train.data import Tokenizer, training_batches
 
 TOKENIZER = "data/shakespeare/tokenizer.model"
 
@@ -39,3 +40,25 @@ def config(train: list[str], **changes: Any) -> DataConfig:
     """A configuration with rows short enough that documents cross their ends."""
     base = DataConfig(train=train, validation=train, tokenizer=TOKENIZER, seq_len=32, log_documents=True)
     return DataConfig(**{**vars(base), **changes})
+
+
+def streams(
+    data: DataConfig, tokenizer: Tokenizer, ranks: int, *, position: Any = None, batch_size: int = 3, window: int = 2
+) -> list[Any]:
+    """One fresh iterator for every rank; the position goes through JSON, as it does in a checkpoint."""
+    position = json.loads(json.dumps(position))
+    return [
+        iter(
+            training_batches(
+                data,
+                tokenizer,
+                batch_size=batch_size,
+                micro_batches=window,
+                rank=rank,
+                world_size=ranks,
+                seed=5,
+                position=position,
+            )
+        )
+        for rank in range(ranks)
+    ]
