@@ -54,7 +54,7 @@ class NoSuchPart(LookupError):
 def arguments_of(target: str) -> dict[str, Argument]:
     """Name -> Argument of the dataclass at a dotted path; raises NoSuchPart."""
     module, _, name = target.rpartition(".")
-    tree = _module_tree(module)
+    tree = module_tree(module)
     if tree is None:
         raise NoSuchPart(f"there is no module {module or target}")
     node = _class(tree, name)
@@ -76,7 +76,7 @@ def arguments_of(target: str) -> dict[str, Argument]:
 def free_keys_of(target: str) -> str | None:
     """The field that takes what no other field of the class is called; None where there is none."""
     module, _, name = target.rpartition(".")
-    tree = _module_tree(module)
+    tree = module_tree(module)
     node = _class(tree, name) if tree else None
     for item in node.body if node else ():
         if isinstance(item, ast.AnnAssign) and ast.unparse(item.target) == "free_keys":
@@ -89,7 +89,7 @@ def free_keys_of(target: str) -> str | None:
 def ancestors_of(target: str) -> frozenset[str]:
     """The dotted paths of a class and of all its bases that can be read."""
     module, _, name = target.rpartition(".")
-    tree = _module_tree(module)
+    tree = module_tree(module)
     node = _class(tree, name) if tree else None
     if tree is None or node is None:
         return frozenset()
@@ -130,7 +130,7 @@ def _type(module: str, tree: ast.Module, node: ast.expr) -> Any:
         if isinstance(item, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in item.targets):
             return _type(module, tree, item.value)
     origin = _origin(module, tree, node)
-    other = _module_tree(origin[0]) if origin and origin[0] != module else None
+    other = module_tree(origin[0]) if origin and origin[0] != module else None
     return Any if origin is None or other is None else _type(origin[0], other, ast.Name(origin[1]))
 
 
@@ -152,7 +152,7 @@ def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
 
 
 @functools.cache
-def _module_tree(module: str) -> ast.Module | None:
+def module_tree(module: str) -> ast.Module | None:
     """The parsed source of a module; only the top package is looked up, so that no package on the way is run."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top) if top else None

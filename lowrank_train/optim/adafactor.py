@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.direction import Dense, Direction, wide
+from lowrank_train.optim.direction import Direction, Factored, LineScaled, pieces, row_runs, wide
 from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter, tensor_of
 
 
@@ -18,7 +18,8 @@ class Adafactor(Transform):
 
     b2 = 1 - t^decay_rate; q = g^2 + eps; row and column means of q, averaged with b2; u = g / sqrt(row col / mean row);
     u <- u / max(1, RMS(u) / clip_threshold). With beta1 the average runs over lr-scaled updates, as published. A tensor
-    (..., M, N) keeps (..., M) and (..., N) numbers; a vector keeps its whole second moment.
+    (..., M, N) keeps (..., M) and (..., N) numbers; a vector keeps its whole second moment. The gradient is read a few
+    rows at a time, and no temporary is as large as it is.
     """
 
     eps: tuple[float, float] = (1e-30, 1e-3)
@@ -55,27 +56,33 @@ class Adafactor(Transform):
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
     ) -> Direction:
-        step = state["step"] = counter(state, "step") + 1
-        gradient = wide(compressed)
-        squared = gradient.square().add_(self.eps[0])
-        if gradient.ndim >= 2:
-            row = self._averaged(tensor_of(state, "exp_avg_sq_row"), squared.mean(-1), step)
-            column = self._averaged(tensor_of(state, "exp_avg_sq_col"), squared.mean(-2), step)
-            update = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1) * column.rsqrt().unsqueeze(-2) * gradient
-        else:
-            update = self._averaged(tensor_of(state, "exp_avg_sq"), squared, step).rsqrt() * gradient
-        update.div_((rms(update) / self.clip_threshold).clamp_min(1.0))
-        update.mul_(self.decay_scale(param))
+        update = self.normalised(compressed, state)
+        size = (sum_of_squares(update) / compressed.numel()).sqrt()
+        update = replace(update, row=update.row * self.decay_scale(param) / (size / self.clip_threshold).clamp_min(1.0))
         if self.beta1 is None:
-            return Dense(update)
-        stored = tensor_of(state, "exp_avg")
-        exp_avg = wide(stored).mul_(self.beta1).add_(update, alpha=(1 - self.beta1) * rates.lr)
-        if exp_avg is not stored:  # it is stored narrower
-            stored.copy_(exp_avg)
-        return Dense(exp_avg, factor=1 / rates.lr if rates.lr else 0.0)
+            return update
+        exp_avg = tensor_of(state, "exp_avg")
+        for rows in row_runs(exp_avg):
+            average = wide(exp_avg[rows]).mul_(self.beta1)
+            average.add_(update.rows_of(rows), alpha=(1 - self.beta1) * rates.lr)
+            if average.dtype != exp_avg.dtype:  # it is stored narrower
+                exp_avg[rows].copy_(average)
+        return LineScaled(exp_avg, update.row.new_ones(1), factor=1 / rates.lr if rates.lr else 0.0)
+
+    def normalised(self, gradient: Tensor, state: State) -> Factored:
+        """u before it is clipped, left unevaluated, with the second moment advanced."""
+        step = state["step"] = counter(state, "step") + 1
+        if gradient.ndim < 2:
+            average = self._averaged(tensor_of(state, "exp_avg_sq"), wide(gradient).square().add_(self.eps[0]), step)
+            return Factored(gradient, average.rsqrt(), average.new_ones(()))
+        of_rows, of_columns = mean_squares(gradient, self.eps[0])
+        row = self._averaged(tensor_of(state, "exp_avg_sq_row"), of_rows, step)
+        column = self._averaged(tensor_of(state, "exp_avg_sq_col"), of_columns, step)
+        row = (row / row.mean(-1, keepdim=True)).rsqrt_()
+        return Factored(gradient, row.unsqueeze(-1), column.rsqrt().unsqueeze(-2))
 
     def decay_scale(self, param: Tensor) -> Tensor | float:
-        return rms(wide(param)).clamp_min(self.eps[1]) if self.scale_parameter else 1.0
+        return rms(param).clamp_min(self.eps[1]) if self.scale_parameter else 1.0
 
     def _averaged(self, stored: Tensor, new: Tensor, step: int) -> Tensor:
         """stored <- b2 stored + (1 - b2) new; returned as wide as it was computed, rounded once where it is stored."""
@@ -86,6 +93,23 @@ class Adafactor(Transform):
         return average
 
 
+def mean_squares(gradient: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Means of g^2 + eps over the columns (..., M) and over the rows (..., N), a few rows at a time."""
+    of_rows, of_columns = [], []
+    for rows in row_runs(gradient):
+        squares = wide(gradient[rows]).square().add_(eps)
+        of_rows.append(squares.mean(-1))
+        of_columns.append(squares.sum(-2))
+    column_sums = torch.cat(of_columns) if gradient.ndim > 2 else torch.stack(of_columns).sum(0)
+    return torch.cat(of_rows), column_sums / gradient.shape[-2]
+
+
+def sum_of_squares(update: Factored) -> Tensor:
+    """0-dimensional, a few rows at a time."""
+    return torch.stack([update.rows_of(rows).square_().sum() for rows in row_runs(update.value)]).sum()
+
+
 def rms(tensor: Tensor) -> Tensor:
-    """Root of the mean square, 0-dimensional."""
-    return torch.linalg.vector_norm(tensor) / math.sqrt(tensor.numel())
+    """Root of the mean square, 0-dimensional, in float32 or wider, without a copy of the whole."""
+    norms = [torch.linalg.vector_norm(wide(piece)) for (piece,) in pieces(tensor)]
+    return torch.linalg.vector_norm(torch.stack(norms)) / math.sqrt(tensor.numel())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -166,6 +166,7 @@ class Blocks(Transform):
     def __post_init__(self) -> None:
         self.clocked = True
         self.needs_gradient = self.rule.needs_gradient
+        self.maskable = self.rule.maskable
         self.compresses = self.rule.compresses
         self.accumulates = self.rule.accumulates
         self.weight_decay_first = self.rule.weight_decay_first
@@ -203,6 +204,9 @@ class Blocks(Transform):
             fresh = self.rule.init(param, replace(slot, seed=seed))
             assert not fresh.keys() & state.keys(), f"the rule {self.rule} keeps its own {fresh.keys() & state.keys()}"
             state.update(fresh)
+
+    def shared_bytes(self, params: Iterable[Tensor]) -> int:
+        return self.rule.shared_bytes(params)
 
     def refresh_due(self, state: State) -> bool:
         return bool(state["active"]) and self.rule.refresh_due(state)
@@ -243,6 +247,10 @@ class Blocks(Transform):
     def settle(self, state: State, rates: Rates) -> None:
         if state["active"]:
             self.rule.settle(state, rates)
+
+    def mask(self, state: State, keep: Callable[[str, Tensor], Tensor]) -> None:
+        if state["active"]:
+            self.rule.mask(state, keep)
 
     def _turn(self, state: State) -> int:
         """The number of the interval that the next update belongs to."""

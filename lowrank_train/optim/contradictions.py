@@ -22,6 +22,9 @@ def refuse_contradictions(
     subspace: Subspace, inner: Transform, lift: Lift, on_refresh: str, feedback: ErrorFeedback | None
 ) -> None:
     """ValueError, with the reason and the way out, for parts that cannot work together."""
+    if lift.comes_first:
+        _refuse_lift_first(subspace, inner, lift, on_refresh, feedback)
+        return
     if inner.needs_gradient or inner.compresses:
         raise ValueError(
             f"strategy.inner: {_name(inner)} compresses the gradient itself and cannot run inside a subspace; make it "
@@ -31,6 +34,12 @@ def refuse_contradictions(
         raise ValueError(
             f"strategy.inner: {_name(inner)} looks at the weights, of which a subspace has no small copy; run it on "
             "whole tensors, with ~strategy.subspace ~strategy.lift or as strategy/rest, or choose another rule"
+        )
+    if _unwrapped(inner).needs_lines and not _leaves_lines(subspace):
+        raise ValueError(
+            f"strategy.inner: {_name(inner)} keeps a second moment for each line that the subspace leaves "
+            f"uncompressed, and {_name(subspace)} leaves none; use strategy.subspace.side=std, or of=columns where it "
+            "takes coordinates"
         )
     _refuse_lift(subspace, inner, lift)
     if feedback is not None and not type(subspace).orthonormal:
@@ -47,6 +56,25 @@ def refuse_contradictions(
     needed = type(subspace).needs_state
     if needed:
         _refuse_missing_state(subspace, inner, needed, on_refresh)
+
+
+def _refuse_lift_first(
+    subspace: Subspace, inner: Transform, lift: Lift, on_refresh: str, feedback: ErrorFeedback | None
+) -> None:
+    """The inner rule sees whole matrices, so that nothing of it has to do with the basis."""
+    reason = None
+    if inner.compresses:
+        reason = f"{_name(inner)} compresses what has been brought back whole again; choose another inner rule"
+    elif on_refresh != "keep":
+        reason = f"its state has no basis that could move; use strategy.on_refresh=keep, not {on_refresh}"
+    elif type(subspace).needs_state:
+        reason = f"{_name(subspace)} moves by a first moment in the subspace; choose another, such as gaussian"
+    elif feedback is not None:
+        reason = "there is no residual to feed back that the next gradients could use; drop it with ~strategy.feedback"
+    elif isinstance(inner, Lion) and not inner.signed:
+        reason = "it takes no sign for Lion; set strategy.inner.signed=true"
+    if reason is not None:
+        raise ValueError(f"strategy.lift: {_name(lift)} lets {_name(inner)} work on whole matrices, and {reason}")
 
 
 def _refuse_lift(subspace: Subspace, inner: Transform, lift: Lift) -> None:
@@ -80,8 +108,6 @@ def _refuse_rotation(subspace: Subspace, inner: Transform) -> None:
         reason = f"the basis of {_name(subspace)} is not orthonormal, so B_new^T B_old is no change of coordinates"
     elif type(subspace).change is Subspace.change:
         reason = f"the subspace {_name(subspace)} cannot tell its new coordinates from its old ones"
-    elif subspace.side == "full":
-        reason = "with strategy.subspace.side=full both sides would have to turn at once"
     elif type(_unwrapped(inner)).rotate is Transform.rotate:
         reason = f"{_name(inner)} has no way to carry its state over to a new basis"
     if reason is not None:

@@ -101,6 +101,19 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
 
 
+def row_runs(tensor: Tensor) -> Iterator[slice]:
+    """Runs of an even number of rows, of the size of a piece where rows are small; together the whole tensor."""
+    rows = PIECE_ELEMENTS["cuda" if tensor.is_cuda else "cpu"] * len(tensor) // max(1, tensor.numel())
+    rows = max(2, rows // 2 * 2)  # even: codes of 4 bits, two to a byte, are not torn apart
+    for start in range(0, len(tensor), rows):
+        yield slice(start, min(start + rows, len(tensor)))
+
+
+def part(tensor: Tensor, rows: slice, whole: Tensor) -> Tensor:
+    """These rows of a tensor that is multiplied by `whole`: all of it, where it is the same for every row."""
+    return tensor[rows] if tensor.ndim == whole.ndim and len(tensor) == len(whole) else tensor
+
+
 @dataclass
 class Product(Direction):
     """factor * left @ right, the shape of a back-projected update."""
@@ -148,7 +161,7 @@ class Entries(Direction):
 
 @dataclass
 class LineScaled(Direction):
-    """factor * value * scale, with one scale a row (M, 1), a column (1, N) or for all (1, 1)."""
+    """factor * value * scale, with one scale a row (M, 1), a column (1, N), for all (1, 1), or for each number."""
 
     value: Tensor
     scale: Tensor
@@ -159,8 +172,35 @@ class LineScaled(Direction):
     def add_to_(self, param: Tensor, alpha: float) -> None:
         if param.dtype == self.value.dtype == self.scale.dtype:
             param.addcmul_(self.value, self.scale, value=alpha * self.factor)
-        else:
-            param.add_(self.raw(), alpha=alpha * self.factor)
+            return
+        for rows in row_runs(param):  # mixed dtypes: add_ computes in the wider one and rounds once
+            param[rows].add_(self.value[rows] * part(self.scale, rows, param), alpha=alpha * self.factor)
+
+
+@dataclass
+class Factored(Direction):
+    """factor * (value * row * column + left @ right), some rows at a time: Adafactor's update, and Flora's."""
+
+    value: Tensor
+    row: Tensor  # (M, 1)
+    column: Tensor  # (1, N)
+    left_MR: Tensor | None = None
+    right_RN: Tensor | None = None
+
+    def raw(self) -> Tensor:
+        return self.rows_of(slice(None))
+
+    def add_to_(self, param: Tensor, alpha: float) -> None:
+        for rows in row_runs(param):
+            param[rows].add_(self.rows_of(rows), alpha=alpha * self.factor)
+
+    def rows_of(self, rows: slice) -> Tensor:
+        """These rows of the direction without the factor."""
+        made = self.value[rows] * part(self.row, rows, self.value)
+        made.mul_(part(self.column, rows, self.value))
+        if self.left_MR is not None and self.right_RN is not None:
+            made.addmm_(self.left_MR[rows], self.right_RN)
+        return made
 
 
 @dataclass
@@ -180,4 +220,9 @@ class Sum(Direction):
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32 or wider, for norms and decompositions."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the dtype itself where it is wider."""
+    return torch.promote_types(dtype, torch.float32)

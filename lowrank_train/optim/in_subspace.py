@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter
 
 @dataclass
 class InSubspace(Transform):
-    """low = down(G); u = inner(low); direction = lift(u). Itself a Transform.
+    """low = down(G); u = inner(low); direction = lift(u), or inner(lift(low)). Itself a Transform.
 
     on_refresh says what becomes of the inner rule's state when the basis moves: `keep` it as it is (GaLore), `reset` it
     to its beginning (FRUGAL), or `rotate` it into the new coordinates (LDAdam). The state of the three parts lies in
@@ -42,7 +43,7 @@ class InSubspace(Transform):
         basis = self.subspace.init(param, slot)
         parts = (
             basis,
-            self.inner.init(self._low_like(param, basis), slot),
+            self._init_inner(param, slot, basis),
             self.lift.init(param, slot),
             self.feedback.init(param, slot) if self.feedback is not None else {},
             {"updates_done": 0},
@@ -52,7 +53,11 @@ class InSubspace(Transform):
         return state
 
     def misfit(self, shape: Size) -> str | None:
-        return self.subspace.misfit(shape) or self.inner.misfit(Size(self.subspace.low_shape(shape)))
+        inner_shape = shape if self.lift.comes_first else Size(self.subspace.low_shape(shape))
+        return self.subspace.misfit(shape) or self.inner.misfit(inner_shape)
+
+    def shared_bytes(self, params: Iterable[Tensor]) -> int:
+        return self.subspace.shared_bytes(params)
 
     def refresh_due(self, state: State) -> bool:
         return counter(state, "updates_done") >= counter(state, "refresh_at")
@@ -61,20 +66,23 @@ class InSubspace(Transform):
         return counter(state, "refreshes"), counter(state, "fallbacks")
 
     def compress(self, grad: Tensor, state: State) -> Tensor:
+        error = None
         if self.feedback is not None:
             grad = self.feedback.add(grad, state)
-            self.feedback.before_move(grad, state, self.subspace)
+            error = self.feedback.before_move(grad, state, self.subspace)
         if self.refresh_due(state):
             self._refresh(grad, state)
         low = self.subspace.down(grad, state)
-        if self.feedback is not None:
-            self.feedback.after_move(low, state, self.subspace)
+        if self.feedback is not None and error is not None:
+            self.feedback.after_move(error, low, state, self.subspace)
         return low
 
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
     ) -> Direction:
-        low_update = self.inner.update(compressed, state, param, rates)
+        if self.lift.comes_first:
+            compressed = self.subspace.up(compressed, state, param.shape).tensor()
+        low_update = self.inner.update(compressed, state, param, rates, compressed if self.lift.comes_first else None)
         state["updates_done"] = counter(state, "updates_done") + 1
         return self.lift.lift(low_update, compressed, grad, self.subspace, state, param)
 
@@ -95,7 +103,7 @@ class InSubspace(Transform):
             self._reset_inner(grad, state)
 
     def _reset_inner(self, grad: Tensor, state: State) -> None:
-        for key, fresh in self.inner.init(self._low_like(grad, state), Slot("", 0, 0.0, grad.dtype)).items():
+        for key, fresh in self._init_inner(grad, Slot("", 0, 0.0, grad.dtype), state).items():
             value = state[key]
             if isinstance(value, Tensor):
                 assert isinstance(fresh, Tensor)
@@ -103,6 +111,11 @@ class InSubspace(Transform):
             else:
                 state[key] = fresh
 
-    def _low_like(self, full: Tensor, state: State) -> Tensor:
-        shape = self.subspace.low_shape_of(state, full.shape)
-        return torch.empty(shape, dtype=full.dtype, device=full.device)
+    def _init_inner(self, full: Tensor, slot: Slot, basis: State) -> State:
+        """Fresh state of the inner rule, for a matrix like `full` with this basis."""
+        if self.lift.comes_first:
+            return self.inner.init(full, slot)
+        kept: dict[str, int | None] = {"left": 1, "right": 0, "both": None}
+        inside = replace(slot, kept_axis=kept[self.subspace.side_of(basis, full.shape)])
+        shape = self.subspace.low_shape_of(basis, full.shape)
+        return self.inner.init(torch.empty(shape, dtype=full.dtype, device=full.device), inside)

@@ -18,8 +18,14 @@ from lowrank_train.optim.library_state import flatten
 
 PACKAGE = "pytorch_optimizer"
 MORE = "the package pytorch-optimizer has many more: pip install lowrank_train[optimizers]"
-OURS = {"APOLLO": "apollo", "Fira": "fira", "GaLore": "galore"}
-"""Classes that project only groups with keys of their own, and are plain Adam for all others."""
+OURS = {
+    "APOLLO": "strategy=apollo",
+    "Fira": "strategy=fira",
+    "GaLore": "strategy=galore",
+    "AdamMini": "adam_mini for strategy/inner or strategy/rest",
+}
+"""Classes that project only groups with keys of their own, and are plain Adam for all others; and one that goes by the
+names in a whole model, and keeps a single second moment for each matrix whose name it does not know."""
 
 SHAPE = (12, 20)  # of the tensor that a class is observed on
 STEPS = 12  # past the sixth and the tenth, at which some look ahead or renew a basis
@@ -50,7 +56,7 @@ def class_of(name: str) -> type[torch.optim.Optimizer]:
             known = _classes(importlib.import_module(module)) | known
         found = {key.lower(): cls for key, cls in known.items()}.get(wanted.lower())
         if found is not None and found.__name__ in OURS:
-            raise ValueError(f"library's name is {name}; choose strategy={OURS[found.__name__]} instead, which is ours")
+            raise ValueError(f"library's name is {name}; choose {OURS[found.__name__]} instead, which is ours")
         if found is not None:
             return found
     close = nearest(wanted, known)

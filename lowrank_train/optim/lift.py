@@ -25,6 +25,7 @@ class Lift(ABC):
     needs_projection: bool = False  # takes G - up(down(G)) for what was left out, so up(down(.)) must be a projection
     needs_lines: bool = False  # scales line by line, so one side must stay uncompressed
     takes_sign: bool = False  # of the whole matrix, so the inner rule need not
+    comes_first: bool = False  # before the inner rule, which then works on whole matrices
 
     def init(self, param: Tensor, slot: Slot) -> State:
         """State of the lift's own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +21,19 @@ def fits_fused(*tensors: Tensor) -> bool:
     return alike and tensors[0].device.type in ("cpu", "cuda")
 
 
+class Elementwise(Transform):
+    """A rule whose state tensors are moments that hold one number for each of the parameter's."""
+
+    maskable = True
+
+    def mask(self, state: State, keep: Callable[[str, Tensor], Tensor]) -> None:
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value.mul_(keep(key, value))
+
+
 @dataclass
-class Adam(Transform):
+class Adam(Elementwise):
     """Adam (Kingma and Ba, arXiv 1412.6980), with both conventions for eps.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  c1 = 1 - b1^t, c2 = 1 - b2^t
@@ -53,7 +65,6 @@ class Adam(Transform):
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
     ) -> Direction:
-        beta1, beta2 = self.betas
         step = state["step"] = counter(state, "step") + 1
         exp_avg, exp_avg_sq = tensor_of(state, "exp_avg"), tensor_of(state, "exp_avg_sq")
         factor, eps = self._factor_and_eps(step)
@@ -61,14 +72,19 @@ class Adam(Transform):
             quotient = torch.zeros_like(compressed)  # narrower numbers would round it once more than their product does
             self._fused(quotient, compressed, state, -1.0, eps)
             return Dense(quotient, factor=factor)
-        for narrow, *moments in pieces(compressed, exp_avg, exp_avg_sq):
-            gradient, first, second = wide(narrow), wide(moments[0]), wide(moments[1])
-            first.lerp_(gradient, 1 - beta1)
-            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        self.take_in(compressed, state)
+        return RootQuotient(exp_avg, exp_avg_sq, eps, factor=factor)
+
+    def take_in(self, compressed: Tensor, state: State) -> None:
+        """The moments of `state` with the gradient in them, and nothing else."""
+        for narrow, *moments in pieces(compressed, tensor_of(state, "exp_avg"), tensor_of(state, "exp_avg_sq")):
+            work = torch.promote_types(wide(narrow).dtype, moments[0].dtype)
+            gradient, first, second = (tensor.to(work) for tensor in (narrow, *moments))
+            first.lerp_(gradient, 1 - self.betas[0])
+            second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
             for stored, computed in zip(moments, (first, second), strict=True):
                 if stored is not computed:  # it is stored narrower
                     stored.copy_(computed)
-        return RootQuotient(exp_avg, exp_avg_sq, eps, factor=factor)
 
     def apply(
         self,
@@ -143,7 +159,7 @@ class Adam(Transform):
 
 
 @dataclass
-class Lion(Transform):
+class Lion(Elementwise):
     """Lion (Chen et al., arXiv 2302.06675): c = b1 m + (1 - b1) g; direction = sign(c); m <- b2 m + (1 - b2) g.
 
     signed=False returns c itself, for lifts that take the sign of the full matrix.
@@ -177,7 +193,7 @@ class Lion(Transform):
 
 
 @dataclass
-class Momentum(Transform):
+class Momentum(Elementwise):
     """SGD with momentum as torch.optim.SGD: b <- momentum b + g; direction = b, or g + momentum b with nesterov.
 
     Without momentum it keeps no state.
@@ -212,7 +228,7 @@ class Momentum(Transform):
 
 
 @dataclass
-class RmsProp(Transform):
+class RmsProp(Elementwise):
     """RMSprop: v <- b v + (1 - b) g^2; d = g / (sqrt(v) + eps), with momentum b <- momentum b + d; torch's form."""
 
     beta: float = 0.99

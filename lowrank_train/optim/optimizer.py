@@ -5,28 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_train.optim.activity import Activity, wake
+from lowrank_train.optim.groups import Group, listed
 from lowrank_train.optim.refusals import When, refuse_impossible
 from lowrank_train.optim.transform import Rates, Slot, State, Transform
 from lowrank_train.optim.update_stats import UpdateStats, describe_refresh, norm, synchronized_sec, total_norm
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Group:
-    """Parameters served by one rule."""
-
-    name: str
-    transform: Transform
-    params: list[tuple[str, Tensor]]
-    slots: list[Slot]
 
 
 class TransformOptimizer(torch.optim.Optimizer):
@@ -69,16 +60,9 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._remarked: set[str] = set()
         self._current = UpdateStats()
         self.stats: dict[str, Any] = UpdateStats().as_dict()
-        listed = []
-        for group in groups:
-            listed.append({"params": group.params, "name": group.name})
-            self.transforms.append(group.transform)
-            for (_, param), slot in zip(group.params, group.slots, strict=True):
-                fault = group.transform.misfit(param.shape)
-                if fault is not None:
-                    raise ValueError(f"{slot.name} of shape {tuple(param.shape)}: {fault}")
-                self.slots[param] = slot
-                self.transform_of[param] = group.transform
+        self._hooked = WeakTensorKeyDictionary()  # of parameters: those that are gone must not live on here
+        groups = list(groups)
+        self._take_in(groups)
         refuse_impossible(
             when,
             clipped=grad_clip is not None,
@@ -87,10 +71,58 @@ class TransformOptimizer(torch.optim.Optimizer):
             needs_gradient=any(transform.needs_gradient for transform in self.transforms),
             accumulates=all(transform.accumulates for transform in self.transforms),
         )
-        super().__init__(listed, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__([listed(group, lr) for group in groups], {"lr": lr, "weight_decay": weight_decay})
         for param in self.slots:
             wake(param)  # what an earlier optimizer left asleep
-        if when != "after_backward":
+        self._begin_service()
+
+    def regroup(self, groups: Iterable[Group]) -> None:
+        """Serve these parameters from now on. State of those that stay is kept, of those that are gone it is freed."""
+        groups = list(groups)
+        self.transforms, self.slots, self.transform_of = [], {}, {}
+        self._take_in(groups)
+        first = self.param_groups[0]
+        lr, weight_decay = first["lr"] / first["lr_ratio"], first["weight_decay"]
+        self.param_groups[:] = [
+            listed(group, lr)
+            | {
+                "params": [param for _, param in group.params],
+                "param_names": [name for name, _ in group.params],
+                "weight_decay": weight_decay,
+            }
+            for group in groups
+        ]
+        for param in [param for param in self.state if param not in self.slots]:
+            del self.state[param]
+        self.zero_grad()
+        self._begin_service()
+
+    def forget(self, param: Tensor) -> None:
+        """Drop the state of a parameter: its next update is its first."""
+        self.state.pop(param, None)
+
+    def mask(self, param: Tensor, keep: Callable[[str, Tensor], Tensor]) -> None:
+        """Multiply each moment of a parameter with keep(its name, itself); its step count goes on."""
+        if param in self.state:
+            self.transform_of[param].mask(self.state[param], keep)
+
+    def lr(self, param: Tensor) -> float:
+        """The learning rate that stands for a parameter now."""
+        return float(self._group_of(param)["lr"])
+
+    def _take_in(self, groups: list[Group]) -> None:
+        """Note the rule and the slot of each parameter; ValueError where the two do not fit."""
+        for group in groups:
+            self.transforms.append(group.transform)
+            for (_, param), slot in zip(group.params, group.slots, strict=True):
+                fault = group.transform.misfit(param.shape)
+                if fault is not None:
+                    raise ValueError(f"{slot.name} of shape {tuple(param.shape)}: {fault}")
+                self.slots[param] = slot
+                self.transform_of[param] = group.transform
+
+    def _begin_service(self) -> None:
+        if self.when != "after_backward":
             self._register_hooks()
         self._activity = Activity(self.transform_of, self.slots)
         self._activity.follow(self.state)
@@ -101,14 +133,16 @@ class TransformOptimizer(torch.optim.Optimizer):
             self._state(param)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of the state tensors that exist, by kind."""
+        """Bytes of the state tensors that exist, by kind, and of what several tensors share."""
         bytes_of: dict[str, int] = {}
         for state in self.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     kind = "basis" if key.startswith("basis") else key
                     bytes_of[kind] = bytes_of.get(kind, 0) + value.numel() * value.element_size()
-        return bytes_of
+        pairs = zip(self.transforms, self.param_groups, strict=True)
+        shared = sum(transform.shared_bytes(group["params"]) for transform, group in pairs)
+        return bytes_of | ({"shared": shared} if shared else {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -229,7 +263,7 @@ class TransformOptimizer(torch.optim.Optimizer):
             low.mul_(factor)
             if transform.compresses and param.grad is not None and param.grad is not low:
                 param.grad.mul_(factor)
-        rates = Rates(group["lr"], self.base_lr)
+        rates = Rates(group["lr"], self.base_lr * group["lr_ratio"])
         scale = transform.decay_scale(param) if group["weight_decay"] else 1.0
         decay = rates.lr * group["weight_decay"] * scale
         transform.apply(low, state, param, rates, decay, param.grad if transform.needs_gradient else None)
@@ -239,13 +273,11 @@ class TransformOptimizer(torch.optim.Optimizer):
             param.grad = None  # it served as workspace
 
     def _register_hooks(self) -> None:
-        group_of = {param: group for group in self.param_groups for param in group["params"]}
-
         def update_now(param: Tensor) -> None:
-            if self._armed:
+            if self._armed and param in self.slots:
                 self._measure_one(param)
                 if param.grad is not None:
-                    self._update(param, group_of[param], 1.0)
+                    self._update(param, self._group_of(param), 1.0)
                     param.grad = None
                     self._pending.pop(param, None)
 
@@ -261,8 +293,12 @@ class TransformOptimizer(torch.optim.Optimizer):
 
         for param, transform in self.transform_of.items():
             hook = update_now if self.when == "in_backward" else compress_now if transform.compresses else None
-            if hook is not None:
+            if hook is not None and param not in self._hooked:
+                self._hooked[param] = True
                 param.register_post_accumulate_grad_hook(torch.no_grad()(hook))
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(member is param for member in group["params"]))
 
     def _measure_one(self, param: Tensor) -> None:
         assert param.grad is not None

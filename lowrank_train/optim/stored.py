@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -68,6 +68,7 @@ class Stored(Transform):
     def __post_init__(self) -> None:
         assert not self.inner.compresses, "a subspace stores its basis itself; store the state of the rule inside it"
         self.needs_gradient = self.inner.needs_gradient
+        self.maskable = self.inner.maskable
         self.weight_decay_first = self.inner.weight_decay_first
 
     def init(self, param: Tensor, slot: Slot) -> State:
@@ -131,6 +132,10 @@ class Stored(Transform):
     def rotate(self, state: State, change: Change) -> None:
         with self._decoded(state) as opened:
             self.inner.rotate(opened, change)
+
+    def mask(self, state: State, keep: Callable[[str, Tensor], Tensor]) -> None:
+        with self._decoded(state) as opened:
+            self.inner.mask({key: value for key, value in opened.items() if not key.endswith((CODES, SCALE))}, keep)
 
     @contextmanager
     def _decoded(self, state: State) -> Iterator[State]:

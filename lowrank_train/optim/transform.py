@@ -6,6 +6,7 @@ Legend of the shape suffixes in this folder: M rows (output features), N columns
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +34,7 @@ class Slot:
     phase: float  # in [0, 1): the parameter's place among its group, to spread work over steps
     dtype: torch.dtype  # in which floating-point state is stored
     group: tuple[str, ...] = ()  # the names of all parameters that the rule serves, in the model's order
+    kept_axis: int | None = None  # in a subspace: the axis of the small gradient that is not compressed; else None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Transform(ABC):
     accumulates: bool = True  # compress() is linear in the gradient, so that micro-batches may be compressed one by one
     weight_decay_first: bool = True  # decoupled decay before the update (torch) or after it (transformers)
     reads_weights: bool = False  # update() looks at each weight, of which a subspace has no small copy
+    needs_lines: bool = False  # goes by the lines that a subspace leaves uncompressed, so one side must stay so
+    maskable: bool = False  # keeps one number for each of the parameter's, so that some can be made zero: see `mask`
     clocked: bool = False  # what a tensor does changes with time: `advance` and `complete` after every update
 
     @abstractmethod
@@ -65,6 +69,10 @@ class Transform(ABC):
     def misfit(self, shape: torch.Size) -> str | None:
         """Why a tensor of this shape cannot be served by the rule; None if it can."""
         return None
+
+    def shared_bytes(self, params: Iterable[Tensor]) -> int:
+        """Bytes that serve all these parameters together and are the state of none."""
+        return 0
 
     def refresh_due(self, state: State) -> bool:
         """Whether the next compress() will move the basis."""
@@ -124,6 +132,13 @@ class Transform(ABC):
 
     def complete(self, state: State, param: Tensor, slot: Slot) -> None:  # noqa: B027 nothing, for most
         """After all tensors have advanced, so that what they free is there: makes what the next update needs."""
+
+    def mask(self, state: State, keep: Callable[[str, Tensor], Tensor]) -> None:
+        """Multiply each moment with keep(its name, itself). ValueError for a rule without one number a weight."""
+        raise ValueError(
+            f"{type(self).__name__} keeps no moment for each number of a parameter, so that none can be thinned out; "
+            "use strategy.merge.moments=fresh or keep"
+        )
 
     def rotate(self, state: State, change: Change) -> None:
         """Carry the state over to a new basis. ValueError where the rule has no way to."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lowrank_train.optim.activity import is_trainable, put_to_sleep
 from lowrank_train.optim.blocks import Blocks
-from lowrank_train.optim.optimizer import Group, TransformOptimizer
+from lowrank_train.optim.groups import Group
+from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.refusals import When
 from lowrank_train.optim.selection import matched_names, slots_for
 from lowrank_train.optim.transform import Slot, Transform

@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 from lowrank_train.optim.adafactor import Adafactor
 from lowrank_train.optim.flora import Flora
-from lowrank_train.optim.sketch import Sketched
+from lowrank_train.optim.in_subspace import InSubspace
+from lowrank_train.optim.sketch import LiftFirst
+from lowrank_train.optim.stored import Stored
 from lowrank_train.optim.subspace.random import Gaussian
+from lowrank_train.optim.transform import Transform
 from lowrank_train.published.options import Options, Recipe
 
 NO_RANK = sys.maxsize
@@ -35,13 +38,19 @@ def adafactor_of(options: Options, *, scale_parameter: bool = False) -> Adafacto
 
 def flora(options: Options) -> Recipe:
     refuse_own_rate(options)
-    options.refuse("quantization", "is not available; set it to False")
+    quantised = options.take("quantization", False)
+    if quantised and options.published:
+        raise ValueError(
+            "flora: quantization cannot be run as published: neither its code book nor its blocks are known; "
+            "leave published out, or set it to False"
+        )
     if not options.take("factorize_second_moment", True):
         raise ValueError("flora: factorize_second_moment=False is not available; leave it True")
+    accumulates = options.method == "flora_accum"
     rank = options.take("rank", None if options.published else 16)
     rank = NO_RANK if rank is None else rank
-    beta1 = options.take("beta1", None if options.published else 0.9)
-    rule = Flora(
+    beta1 = options.take("beta1", None if options.published or accumulates else 0.9)
+    whole = Flora(
         rank=rank,
         kappa=options.take("kappa", 1000),
         beta1=beta1,
@@ -50,14 +59,14 @@ def flora(options: Options) -> Recipe:
         decay_rate=options.take("decay_rate", -0.8),
         scale_parameter=options.take("scale_parameter", True),
     )
+    rule: Transform = Stored(whole) if quantised else whole
     decay, accumulation = options.take("weight_decay", 0.0), options.take("accumulation", 1)
-    if accumulation == 1 or rank == NO_RANK:
+    if (accumulation == 1 and not accumulates) or rank == NO_RANK:
         return Recipe(rule, rule, decay)
-    if beta1:
-        # both of Flora's compressions at once; its momentum wants whole gradients, so none is freed early
-        return Recipe(Sketched(Gaussian(rank=rank, every=1), rule), rule, decay)
-    plain = Adafactor(rule.eps, rule.clip_threshold, rule.decay_rate, scale_parameter=rule.scale_parameter)
-    return Recipe(Sketched(Gaussian(rank=rank, every=1), plain), plain, decay, micro_batches=accumulation)
+    if not beta1:
+        rule = Adafactor(whole.eps, whole.clip_threshold, whole.decay_rate, scale_parameter=whole.scale_parameter)
+    projected = InSubspace(Gaussian(rank=rank, every=1), rule, LiftFirst())
+    return Recipe(projected, rule, decay, micro_batches=accumulation)
 
 
 METHODS: dict[str, Callable[[Options], Recipe]] = {"flora": flora, "flora_accum": flora}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.blocks import Blocks, BlockSchedule
 from lowrank_train.optim.direction import Dense, Direction
 from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.lift import Backproject, Lift, StateFreeResidual
@@ -73,7 +74,8 @@ def frugal_lift(options: Options) -> Lift:
     return StateFreeResidual(scale, "sgd" if rule == "sgd" else "sign", inactive)
 
 
-def dense_subspace(options: Options) -> Subspace:
+def dense_subspace(options: Options) -> Subspace | None:
+    """None where density is 0: no subspace."""
     kind = options.choose("proj_type", "svd", ("svd", "random", "randperm"))
     arguments: dict[str, Any] = {
         "rank": None,
@@ -81,34 +83,53 @@ def dense_subspace(options: Options) -> Subspace:
         "every": options.take("update_gap", 200),
         "side": options.choose("proj_side", "std", SIDES),
     }
+    if arguments["density"] == 0:
+        return None
     if kind == "svd":
         return leading(options, **arguments)
     return Permuted(**arguments) if kind == "randperm" else Orthonormal(**arguments)
 
 
-def coordinate_subspace(options: Options) -> Subspace:
+def coordinate_subspace(options: Options) -> Subspace | None:
+    """None where density is 0: no subspace."""
     of: dict[str, Literal["columns", "rows", "entries"]] = {"columns": "columns", "rows": "rows", "randk": "entries"}
     choice = options.choose("coord_choice", "columns", list(of))
-    return Coordinates(every=options.take("update_gap", 200), density=options.take("density", 0.25), of=of[choice])
+    every, density = options.take("update_gap", 200), options.take("density", 0.25)
+    return Coordinates(every=every, density=density, of=of[choice]) if density else None
 
 
-def composed(options: Options, subspace: Subspace, inner: Transform, rest: Transform, decay: float) -> Recipe:
+def state_free(options: Options, rest: Transform, decay: float) -> Recipe:
+    """What elsewhere serves the part outside the subspace serves the whole matrix, and keeps no state."""
+    lift = frugal_lift(options)
+    if not isinstance(lift, StateFreeResidual):
+        raise ValueError(f"{options.method}: density is 0 and inactive_update_rule is no, so that nothing is trained")
+    options.ignore("reset_statistics")  # there are none
+    rule: Any = "sign" if lift.residual == "sign" else "sgd"
+    schedule = BlockSchedule(
+        "tensors", density=0.0, inactive=rule, inactive_scale=lift.residual_scale, scale=lift.scale
+    )
+    return Recipe(Blocks(rest, schedule), rest, options.take("weight_decay", decay))
+
+
+def composed(options: Options, subspace: Subspace | None, inner: Transform, rest: Transform, decay: float) -> Recipe:
+    if subspace is None:
+        return state_free(options, rest, decay)
     on_refresh: Literal["reset", "keep"] = "reset" if options.take("reset_statistics", True) else "keep"
     projected = InSubspace(subspace, inner, frugal_lift(options), on_refresh)
     return Recipe(projected, rest, options.take("weight_decay", decay))
 
 
-def with_adam(options: Options, subspace: Subspace) -> Recipe:
+def with_adam(options: Options, subspace: Subspace | None) -> Recipe:
     adam = torch_adam(options)
     return composed(options, subspace, adam, adam, 0.01 if options.published else 0.0)
 
 
-def with_lion(options: Options, subspace: Subspace) -> Recipe:
+def with_lion(options: Options, subspace: Subspace | None) -> Recipe:
     lion = Lion(tuple(options.take("betas", (0.9, 0.99))))
     return composed(options, subspace, lion, lion, 0.0)
 
 
-def with_sgd(options: Options, subspace: Subspace) -> Recipe:
+def with_sgd(options: Options, subspace: Subspace | None) -> Recipe:
     arguments = {name: options.take(name, default) for name, default in (("momentum", 0.0), ("dampening", 0.0))}
     arguments |= {name: options.take(name, False) for name in ("nesterov", "sign_update")}
     inner, rest = Sgd(**arguments), Sgd(**arguments)

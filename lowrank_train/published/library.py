@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lowrank_train.optim.adam_atan2 import AdamAtan2
+from lowrank_train.optim.adam_mini import AdamMini
 from lowrank_train.optim.library import Library
 from lowrank_train.optim.moments import Lion, Momentum
 from lowrank_train.optim.muon import Auon, Muon
@@ -49,6 +51,24 @@ def auon(options: Options) -> Recipe:
     return Recipe(rule, torch_adam(options), options.take("weight_decay", 0.0))
 
 
+def adam_mini(options: Options) -> Recipe:
+    """Adam-mini. `dim` and `n_heads` are those of the model; n_kv_heads changes nothing, as in the published code.
+
+    Of its names only those of queries and keys are needed: a matrix that it would not know has a v for each row.
+    """
+    options.ignore("n_kv_heads", "model_sharding", "verbose")
+    dim, heads = options.take("dim", 2048), options.take("n_heads", 32)
+    if dim % heads:
+        raise ValueError(f"adam_mini's dim is {dim}, which is no multiple of n_heads, {heads}")
+    rule = AdamMini(tuple(options.take("betas", (0.9, 0.999))), options.take("eps", 1e-8), head_dim=dim // heads)
+    return everywhere(rule, options)
+
+
+def adam_atan2(options: Options) -> Recipe:
+    betas = tuple(options.take("betas", (0.9, 0.999)))
+    return everywhere(AdamAtan2(betas, options.take("a", 1.27), options.take("b", 1.0)), options)
+
+
 def lion(options: Options) -> Recipe:
     return everywhere(Lion(tuple(options.take("betas", (0.9, 0.99)))), options)
 
@@ -74,6 +94,8 @@ def library(options: Options) -> Recipe:
 METHODS: dict[str, Callable[[Options], Recipe]] = {
     "muon": muon,
     "auon": auon,
+    "adam_mini": adam_mini,
+    "adam_atan2": adam_atan2,
     "lion": lion,
     "sgd": sgd,
     "adafactor": adafactor,

@@ -9,10 +9,14 @@ from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.lift import Backproject, ScaledGradient, ScaledResidual
 from lowrank_train.optim.moments import RmsProp
 from lowrank_train.optim.natural import NaturalAdam
+from lowrank_train.optim.subspace.base import Subspace
 from lowrank_train.optim.subspace.random import Gaussian
 from lowrank_train.optim.weight_norm import WeightNorm, WeightNormAdam
 from lowrank_train.published.flora import adafactor_of
+from lowrank_train.published.moving import online
 from lowrank_train.published.options import Options, Recipe, galore_arguments, leading, torch_adam, transformers_adam
+
+ONLINE = ("online_galore", "online_natural_galore")
 
 
 def adamw(options: Options) -> Recipe:
@@ -34,15 +38,27 @@ def galore_adafactor(options: Options) -> Recipe:
 
 
 def natural_galore(options: Options) -> Recipe:
-    kind = options.choose("proj_type", "natural_galore", ("natural_galore", "galore"))
+    """The published code is a Tucker decomposition of both sides; the paper compresses one.
+
+    With online_ the basis learns as in Online Subspace Descent: `constructor_lr` is what its rate is measured by.
+    """
+    kind = options.choose("proj_type", "natural_galore", ("natural_galore", "galore", *ONLINE))
     adam = transformers_adam(options)
     history, damping = options.take("natural_history", 20), options.take("natural_lambda", 1e-3)
-    inner = NaturalAdam(**vars(adam), history=history, damping=damping) if kind == "natural_galore" else adam
+    inner = NaturalAdam(**vars(adam), history=history, damping=damping) if "natural" in kind else adam
     arguments = {"rank": options.take("rank", 128), "every": options.take("update_proj_gap", 200)}
-    # the published code is a Tucker decomposition of both sides; the paper compresses one
-    subspace = leading(options, side="full" if options.published else "std", **arguments)
+    base_lr = options.take("constructor_lr", None)
+    if kind in ONLINE:
+        if options.published:
+            raise ValueError(
+                f"natural_galore's proj_type {kind} cannot be run as published: by which loss that code's two factors "
+                "learn is not known; leave published out, and one side learns by the loss of Online Subspace Descent"
+            )
+        subspace: Subspace = online(options, "continuous", **arguments)
+    else:
+        subspace = leading(options, side="full" if options.published else "std", **arguments)
     projected = InSubspace(subspace, inner, Backproject(options.take("scale", 0.25)))
-    return Recipe(projected, adam, options.take("weight_decay", 0.0))
+    return Recipe(projected, adam, options.take("weight_decay", 0.0), base_lr=base_lr)
 
 
 def fira_lift(options: Options) -> ScaledResidual:

@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from lowrank_train.config import UserError, instantiate
-from lowrank_train.config.parts import Argument, NoSuchPart, _module_tree, arguments_of, part_faults
+from lowrank_train.config.parts import Argument, NoSuchPart, arguments_of, module_tree, part_faults
 
 Faults = Callable[..., list[str]]
 
@@ -60,7 +60,7 @@ def our_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     yield
     arguments_of.cache_clear()
-    _module_tree.cache_clear()
+    module_tree.cache_clear()
 
 
 @pytest.mark.usefixtures("our_parts")

@@ -48,7 +48,7 @@ DRAWN = ["randomized", "cross_head", "gaussian", "orthonormal", "columns", "entr
 ROTATES = [
     name
     for name, (kind, options) in SUBSPACES.items()
-    if kind.snapshot is not Subspace.snapshot and kind is not SampledLines and options.get("side") != "full"
+    if kind.snapshot is not Subspace.snapshot and kind is not SampledLines
 ]
 Maker = Callable[..., Subspace]
 

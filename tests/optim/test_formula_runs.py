@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_train.optim.feedback import ErrorFeedback
+from lowrank_train.optim.groups import Group
 from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.lift import Backproject
 from lowrank_train.optim.moments import Adam
-from lowrank_train.optim.optimizer import Group, TransformOptimizer
+from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.orthogonalize import Orthogonalized
 from lowrank_train.optim.subspace.coordinates import Coordinates
 from lowrank_train.optim.subspace.dct import Dct

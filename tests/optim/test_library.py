@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_train.config import UserError, compose
+from lowrank_train.optim.groups import Group
 from lowrank_train.optim.library import Library
 from lowrank_train.optim.library_classes import checked_arguments, class_of
-from lowrank_train.optim.optimizer import Group, TransformOptimizer
+from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.transform import Rates, Slot, Transform
 from tests.optim.methods import in_subspace, optimizer_of, rule, toy_model
 

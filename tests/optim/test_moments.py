@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from lowrank_train.optim.adafactor import Adafactor
+from lowrank_train.optim.groups import Group
 from lowrank_train.optim.moments import Adam, Lion, Momentum, RmsProp
-from lowrank_train.optim.optimizer import Group, TransformOptimizer
+from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.schedule import multiplier
 from lowrank_train.optim.transform import Rates, Slot, Transform, tensor_of
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lowrank_train.config import UserError
 from lowrank_train.config.schema import StrategyConfig
+from lowrank_train.optim.groups import Group
 from lowrank_train.optim.muon import Auon, Muon
-from lowrank_train.optim.optimizer import Group, TransformOptimizer
+from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.transform import Rates, Slot, Transform
 from tests.optim.methods import optimizer_of, toy_model
 

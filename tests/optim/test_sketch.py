@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.adafactor import Adafactor
+from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.moments import Momentum
-from lowrank_train.optim.sketch import Sketched
+from lowrank_train.optim.sketch import LiftFirst
 from lowrank_train.optim.subspace.random import Gaussian, Orthonormal
 from lowrank_train.optim.transform import Rates, Slot, State, tensor_of
 
@@ -20,7 +21,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def started(rule: Sketched, like: Tensor, seed: int = 3) -> State:
+def started(rule: InSubspace, like: Tensor, seed: int = 3) -> State:
     return rule.init(like, Slot("", seed, 0.0, like.dtype))
 
 
@@ -28,7 +29,7 @@ def started(rule: Sketched, like: Tensor, seed: int = 3) -> State:
 def test_the_sum_of_sketches_is_the_sketch_of_the_sum(shape: tuple[int, int]) -> None:
     """All micro-batches of an update meet the same random matrix."""
     first, second = random(*shape), random(*shape, seed=1)
-    rule = Sketched(Gaussian(rank=3, every=1), Adafactor())
+    rule = InSubspace(Gaussian(rank=3, every=1), Adafactor(), LiftFirst())
     state, other = started(rule, first), started(rule, first)
     one_by_one = rule.compress(first, state) + rule.compress(second, state)
     torch.testing.assert_close(one_by_one, rule.compress(first + second, other))
@@ -38,7 +39,7 @@ def test_the_sum_of_sketches_is_the_sketch_of_the_sum(shape: tuple[int, int]) ->
 @pytest.mark.parametrize("shape", SHAPES)
 def test_at_full_rank_nothing_is_lost(shape: tuple[int, int]) -> None:
     grad = random(*shape)
-    rule = Sketched(Orthonormal(rank=min(shape), every=1), Momentum(0.0))
+    rule = InSubspace(Orthonormal(rank=min(shape), every=1), Momentum(0.0), LiftFirst())
     state = started(rule, grad)
     direction = rule.update(rule.compress(grad, state), state, grad, RATES)
     torch.testing.assert_close(direction.tensor(), grad)
@@ -48,7 +49,7 @@ def test_at_full_rank_nothing_is_lost(shape: tuple[int, int]) -> None:
 def test_unbiased(shape: tuple[int, int]) -> None:
     """The mean over many draws is the gradient, within four standard errors; every update draws anew."""
     grad, draws = random(*shape), 2000
-    rule = Sketched(Gaussian(rank=4, every=1), Momentum(0.0))
+    rule = InSubspace(Gaussian(rank=4, every=1), Momentum(0.0), LiftFirst())
     state = started(rule, grad)
     seen = torch.stack(
         [rule.update(rule.compress(grad, state), state, grad, RATES).tensor().clone() for _ in range(draws)]
@@ -57,7 +58,7 @@ def test_unbiased(shape: tuple[int, int]) -> None:
 
 
 def test_the_state_is_that_of_the_whole_matrix_and_of_a_basis() -> None:
-    rule = Sketched(Gaussian(rank=3, every=1), Adafactor())
+    rule = InSubspace(Gaussian(rank=3, every=1), Adafactor(), LiftFirst())
     state = started(rule, random(9, 6))
     assert tensor_of(state, "exp_avg_sq_row").shape == (9,)
     assert tensor_of(state, "exp_avg_sq_col").shape == (6,)

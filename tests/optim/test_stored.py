@@ -13,10 +13,11 @@ from torch import Tensor
 from lowrank_train.kernels.blockwise import dequantize_blockwise
 from lowrank_train.optim.adafactor import Adafactor
 from lowrank_train.optim.direction import PIECE_ELEMENTS
+from lowrank_train.optim.groups import Group
 from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.lift import Backproject
 from lowrank_train.optim.moments import Adam, Lion, Momentum, RmsProp
-from lowrank_train.optim.optimizer import Group, TransformOptimizer
+from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.stored import Storage, Stored
 from lowrank_train.optim.subspace.dense import DenseBasis
 from lowrank_train.optim.subspace.online import Online

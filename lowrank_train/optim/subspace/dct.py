@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Size, Tensor
 
-from lowrank_train.optim.direction import Direction, Product, wide
+from lowrank_train.optim.direction import Direction, Product, wide, wide_dtype
 from lowrank_train.optim.subspace.base import Subspace, require_one_side, resolve_side
 from lowrank_train.optim.subspace.coordinates import match_indices
 from lowrank_train.optim.transform import Change, Slot, State, counter, tensor_of
@@ -18,7 +19,8 @@ from lowrank_train.optim.transform import Change, Slot, State, counter, tensor_o
 
 @functools.cache
 def cosine_basis(dimension: int, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Orthogonal (dimension, dimension) matrix, made once per width and dtype and then kept, outside all state.
+    """Orthogonal (dimension, dimension) matrix, made once per width and dtype and then kept, outside all state; counted
+    by `shared_bytes`.
 
     dct2: cosines as columns; dct3: as rows; published: dct3 in float32 with the whole argument, off by up to 1e-5, and
     published_dct2 its transpose.
@@ -58,7 +60,12 @@ class Dct(Subspace):
     def _init_basis(self, param: Tensor, slot: Slot) -> State:
         right = resolve_side(self.side, param.shape) == "right"
         indices = torch.arange(self.rank_for(param.shape), device=param.device)
-        return {"indices": indices, "dimension": param.shape[1 if right else 0], "right": int(right)}
+        return {"indices": indices, "dimension": self._dimension(param.shape), "right": int(right)}
+
+    def shared_bytes(self, params: Iterable[Tensor]) -> int:
+        """A square matrix of each width, in float32 or wider."""
+        sides = {(self._dimension(param.shape), wide_dtype(param.dtype)) for param in params}
+        return sum(dimension**2 * dtype.itemsize for dimension, dtype in sides)
 
     def schedule_next(self, state: State, updates_done: int, moved: bool) -> None:
         super().schedule_next(state, updates_done, moved)
@@ -68,7 +75,7 @@ class Dct(Subspace):
     def move(self, grad: Tensor, state: State) -> bool:
         right = resolve_side(self.side, grad.shape) == "right"
         matrix = wide(grad) if right else wide(grad).T
-        whole = self._whole(grad, matrix.dtype)
+        whole = self._basis_of(grad.shape, matrix)
         scores = torch.linalg.vector_norm(matrix @ whole, ord=abs(self.norm), dim=0)
         if self.norm < 0:
             scores = scores * torch.linalg.vector_norm(whole, ord=-self.norm, dim=0)
@@ -107,18 +114,18 @@ class Dct(Subspace):
 
         def apply(low: Tensor, *, squared: bool = False) -> Tensor:
             dimension = counter(state, "dimension")
-            whole = cosine_basis(dimension, self.basis, low.dtype, low.device)
+            whole = cosine_basis(dimension, self.basis, wide_dtype(low.dtype), low.device).to(low.dtype)
             coefficients = whole[:, before].T @ whole[:, tensor_of(state, "indices")]  # (R old, R new)
             return low @ coefficients if state["right"] else coefficients.T @ low
 
         return apply
 
-    def _whole(self, full: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._basis_of(full.shape, dtype, full.device)
-
     def _columns(self, shape: Size, state: State, like: Tensor) -> Tensor:
-        return self._basis_of(shape, like.dtype, like.device).index_select(1, tensor_of(state, "indices"))
+        return self._basis_of(shape, like).index_select(1, tensor_of(state, "indices")).to(like.dtype)
 
-    def _basis_of(self, shape: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        dimension = shape[1] if resolve_side(self.side, shape) == "right" else shape[0]
-        return cosine_basis(dimension, self.basis, dtype, device)
+    def _basis_of(self, shape: Size, like: Tensor) -> Tensor:
+        """One for all dtypes up to float32: a copy in bfloat16 would be kept beside it."""
+        return cosine_basis(self._dimension(shape), self.basis, wide_dtype(like.dtype), like.device)
+
+    def _dimension(self, shape: Size) -> int:
+        return shape[1] if resolve_side(self.side, shape) == "right" else shape[0]

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 
 from lowrank_train.kernels.affine import Affine, dequantize_affine, empty_affine, quantize_affine
 from lowrank_train.optim.direction import Direction, Product, wide
-from lowrank_train.optim.subspace.base import Subspace, gaussian, resolve_side
+from lowrank_train.optim.subspace.base import Subspace, gaussian, largest_entry, resolve_side
 from lowrank_train.optim.transform import Change, Slot, State, counter, tensor_of
 
 KEYS = ("basis_left", "basis_right")
@@ -81,7 +81,7 @@ class DenseBasis(Subspace):
         would otherwise change their meaning with the LAPACK in use: a third of the displacement in one measurement.
         """
         matrix = wide(grad.detach())
-        largest = matrix.abs().amax()
+        largest = largest_entry(matrix)
         first = counter(state, "refreshes") == 0
         if largest == 0:
             if first:
@@ -129,16 +129,20 @@ class DenseBasis(Subspace):
         return full
 
     def snapshot(self, state: State) -> Tensor:
-        (key,) = self._keys(state)  # rotating on both sides has no published use
-        return self._basis(key, state).clone()
+        """The basis; both, one below the other, where both sides are compressed."""
+        return torch.cat([self._basis(key, state) for key in self._keys(state)])
 
     def change(self, before: Tensor, state: State) -> Change:
-        (key,) = self._keys(state)
-        coefficients = wide(self._basis(key, state)).T @ wide(before)  # (R new, R old)
+        """By C = B_new^T B_old (R, R): low C^T on the right, C low on the left."""
+        bases = {key: wide(self._basis(key, state)) for key in self._keys(state)}
+        old = before.split([len(basis) for basis in bases.values()])
+        turns = {key: basis.T @ wide(past) for (key, basis), past in zip(bases.items(), old, strict=True)}
 
         def apply(low: Tensor, *, squared: bool = False) -> Tensor:
-            matrix = (coefficients.square() if squared else coefficients).to(low.dtype)
-            return low.mm(matrix.T) if key == "basis_right" else matrix.mm(low)
+            for key, turn in turns.items():
+                matrix = (turn.square() if squared else turn).to(low.dtype)
+                low = low.mm(matrix.T) if key == "basis_right" else matrix.mm(low)
+            return low
 
         return apply
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.direction import wide
-from lowrank_train.optim.subspace.base import require_one_side
+from lowrank_train.optim.subspace.base import largest_entry, require_one_side
 from lowrank_train.optim.subspace.randomized import orthonormalize
 from lowrank_train.optim.subspace.svd import Svd
 from lowrank_train.optim.transform import State, counter, tensor_of
@@ -44,7 +44,7 @@ class Geodesic(Svd):
         if counter(state, "refreshes") == 0:
             return super().move(grad, state)
         matrix = wide(grad.detach())
-        largest = matrix.abs().amax()
+        largest = largest_entry(matrix)
         if largest == 0:
             return False
         (key,) = self._keys(state)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_train.optim.adafactor import Adafactor
 from lowrank_train.optim.direction import wide
 from lowrank_train.optim.moments import Adam, Lion
+from lowrank_train.optim.stored import Stored
 from lowrank_train.optim.subspace.base import require_one_side
 from lowrank_train.optim.subspace.svd import Svd
 from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter, tensor_of
@@ -23,21 +24,24 @@ class Online(Svd):
     dl/dB = -4 C B + 2 (C B (B^T B) + B (B^T C B)), C = g^T g (right side; left: g g^T), formed through g B alone.
     The first basis is the exact decomposition. From the second update on the gradient of B is taken with the
     basis in force, which also serves the update; B moves after it, by lr_B = (1 / every) * (lr / base lr).
+    With adam8bit the two moments of B take a byte a number each.
     """
 
     every: int = 200  # 1 / the learning rate of the basis: the published code reuses update_proj_gap
-    rule: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    rule: Literal["adamw", "adam8bit", "adafactor", "lion", "sgd"] = "adamw"
     weight_decay: float = 0.01  # of the basis, torch's default for AdamW, which the published code inherits
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_side(self)
-        self._rules: dict[str, Transform | None] = {
+        rules: dict[str, Transform | None] = {
             "adamw": Adam(),
+            "adam8bit": Stored(Adam()),
             "adafactor": Adafactor(),
             "lion": Lion(),
             "sgd": None,
         }
+        self.learner = rules[self.rule]
 
     orthonormal: ClassVar[bool] = False
     codable: ClassVar[bool] = False
@@ -47,9 +51,8 @@ class Online(Svd):
         (key,) = self._keys(state)
         basis = tensor_of(state, key)
         state["basis_grad"] = torch.zeros_like(basis)
-        rule = self._rules[self.rule]
-        if rule is not None:
-            state |= {f"basis_{name}": value for name, value in rule.init(basis, slot).items()}
+        if self.learner is not None:
+            state |= {f"basis_{name}": value for name, value in self.learner.init(basis, slot).items()}
         return state
 
     def schedule_next(self, state: State, updates_done: int, moved: bool) -> None:
@@ -88,11 +91,10 @@ class Online(Svd):
         (key,) = self._keys(state)
         basis, slope = tensor_of(state, key), tensor_of(state, "basis_grad")
         lr = rates.lr / rates.base_lr / self.every
-        rule = self._rules[self.rule]
-        if rule is None:
+        if self.learner is None:
             basis.add_(slope, alpha=-lr)
             return
         own = {name.removeprefix("basis_"): value for name, value in state.items() if name.startswith("basis_")}
         basis.mul_(1 - lr * self.weight_decay)
-        rule.update(slope, own, basis, rates).add_to_(basis, -lr)
+        self.learner.update(slope, own, basis, rates).add_to_(basis, -lr)
         state["basis_step"] = own.get("step", 0)

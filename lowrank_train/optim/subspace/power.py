@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.direction import wide
-from lowrank_train.optim.subspace.base import require_one_side
+from lowrank_train.optim.subspace.base import gaussian, largest_entry, require_one_side
 from lowrank_train.optim.subspace.randomized import orthonormalize
 from lowrank_train.optim.subspace.svd import Svd
 from lowrank_train.optim.transform import State, counter, tensor_of
+
+OVERSAMPLING = 2  # LDAdam's code, of its randomised decomposition
 
 
 @dataclass
@@ -20,7 +22,9 @@ class Power(Svd):
     """B <- QR(b^T (b B)), b = rho up(m) / (1 - b1^t) + (1 - rho) A (Robert et al., arXiv 2410.16103).
 
     m is the inner rule's first moment in the old basis and A the gradient with the error fed back. The first basis is
-    the exact decomposition. With find_by="svd" every one is. Signs need no care: the moments are rotated.
+    the exact decomposition. With find_by="svd" every one is, and with "svd_lowrank" a randomised one of b (Halko,
+    Martinsson and Tropp, arXiv 0909.4061): Q = orth(b Omega), Omega Gaussian with R + 2 columns; once Q <-
+    orth(b orth(b^T Q)); B = the leading right singular vectors of Q^T b. Signs need no care: the moments are rotated.
     b is never formed for an iteration: up(m) = m B^T with B^T B = I, so that only A is multiplied, once by B and once
     transposed.
     """
@@ -28,7 +32,7 @@ class Power(Svd):
     every: int = 1
     rho: float = 0.908  # the paper's, and the first beta of its Adam
     beta1: float | None = None  # of the inner Adam, with which m is corrected; None: rho
-    find_by: Literal["power", "svd"] = "power"
+    find_by: Literal["power", "svd", "svd_lowrank"] = "power"
     signs: Literal["aligned", "raw"] = "raw"
 
     needs_state: ClassVar[frozenset[str]] = frozenset({"exp_avg", "step"})
@@ -44,13 +48,14 @@ class Power(Svd):
         matrix, moment = wide(grad), wide(tensor_of(state, "exp_avg"))
         beta1 = self.rho if self.beta1 is None else self.beta1
         from_grad, from_moment = 1 - self.rho, self.rho / (1 - beta1 ** counter(state, "step"))
-        largest = max(from_grad * matrix.abs().amax().item(), from_moment * moment.abs().amax().item())
+        largest = max(from_grad * largest_entry(matrix).item(), from_moment * largest_entry(moment).item())
         if largest == 0:
             return False
         from_grad, from_moment = from_grad / largest, from_moment / largest  # products of tiny ones would underflow
-        if self.find_by == "svd":
+        if self.find_by != "power":
             up = wide(self.up(tensor_of(state, "exp_avg"), state, grad.shape).raw())
-            self._set(state, self.find(from_moment * up + from_grad * matrix, state))
+            find = self.find if self.find_by == "svd" else self._find_at_random
+            self._set(state, find(from_moment * up + from_grad * matrix, state))
             return True
         (key,) = self._keys(state)
         if key == "basis_left":
@@ -60,3 +65,13 @@ class Power(Svd):
         ahead = torch.addmm(basis @ (moment.T @ low), matrix.T, low, beta=from_moment, alpha=from_grad)
         self._set(state, {key: orthonormalize(ahead.float() if self.precision == "float32" else ahead)})
         return True
+
+    def _find_at_random(self, blend: Tensor, state: State) -> dict[str, Tensor]:
+        (key,) = self._keys(state)
+        operand = blend if key == "basis_right" else blend.T
+        operand = operand.float() if self.precision == "float32" else operand
+        rank = tensor_of(state, key).shape[1]
+        width = min(rank + OVERSAMPLING, *operand.shape)
+        range_ = orthonormalize(operand @ gaussian((operand.shape[1], width), state, operand).to(operand.dtype))
+        range_ = orthonormalize(operand @ orthonormalize(operand.T @ range_))
+        return {key: torch.linalg.svd(range_.T @ operand, full_matrices=False).Vh.T[:, :rank]}

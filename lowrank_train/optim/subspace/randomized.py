@@ -41,17 +41,23 @@ class Randomized(DenseBasis):
 def orthonormalize(matrix: Tensor) -> Tensor:
     """An orthonormal basis (dimension, R) of the columns of a matrix, in its dtype.
 
-    Cholesky QR, twice, in float64: 7 times faster than Householder QR for 1024 x 256 on two CPU threads. Where the
-    columns are too nearly dependent for it (their Gram matrix is not positive definite, or one pass leaves them far
-    from orthogonal) Householder QR takes its place, which always succeeds.
+    Cholesky QR in float64, twice where once does not reach the dtype's precision: 7 times faster than Householder QR
+    for 1024 x 256 on two CPU threads. Where the columns are too nearly dependent for it (their Gram matrix is not
+    positive definite, or one pass leaves them far from orthogonal) Householder QR takes its place, which always
+    succeeds.
     """
     columns = matrix.double()
     columns = columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     for last in (False, True):
         gram = columns.T @ columns
+        if last:
+            off = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs_().max()
+            if off <= torch.finfo(matrix.dtype).eps:
+                break
+            if off > 0.1:
+                return torch.linalg.qr(matrix).Q
         factor, failed = torch.linalg.cholesky_ex(gram)
-        far = last and (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max() > 0.1
-        if failed or far:
+        if failed:
             return torch.linalg.qr(matrix).Q
         columns = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
     return columns.to(matrix.dtype)
