@@ -41,6 +41,8 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "optim.lr": (0, False),
     "optim.warmup_steps": (0, True),
     "optim.min_lr_ratio": (0, True),
+    "optim.cycle_steps": (1, True),
+    "optim.restart_warmup_steps": (0, True),
     "optim.weight_decay": (0, True),
     "optim.grad_clip": (0, False),
     "trainer.steps": (1, True),
@@ -81,7 +83,13 @@ def cross_checks(config: RunConfig) -> list[str]:
     if not out_of_bounds:  # what follows divides by these numbers
         faults += _model(config)
     if config.task == "train" and not faults:
-        faults += [*_batch(config), *strategy_faults(config), *stepping_faults(config), *_machine(config)]
+        faults += [
+            *_batch(config),
+            *_restarts(config),
+            *strategy_faults(config),
+            *stepping_faults(config),
+            *_machine(config),
+        ]
     if config.task == "explain" and not faults:
         faults += strategy_faults(config)
     return faults
@@ -184,6 +192,35 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"optim.warmup_steps={config.optim.warmup_steps}: is above trainer.steps={trainer.steps}; usual is "
             f"a tenth, optim.warmup_steps={trainer.steps // 10}"
         )
+
+
+def _restarts(config: RunConfig) -> Iterator[str]:
+    optim, steps = config.optim, config.trainer.steps
+    cycle, rewarm = optim.cycle_steps, optim.restart_warmup_steps
+    if optim.schedule != "cosine_restarts":
+        for key, value, none in (("cycle_steps", cycle, None), ("restart_warmup_steps", rewarm, 0)):
+            if value != none:
+                yield (
+                    f"optim.{key}={value}: has no meaning with optim.schedule={optim.schedule}; choose "
+                    f"optim=cosine_restarts, or optim.{key}={'null' if none is None else none}"
+                )
+        return
+    if cycle is None:
+        yield (
+            "optim.cycle_steps=null: optim.schedule=cosine_restarts needs the updates from one restart to the next; "
+            f"give a divisor of trainer.steps={steps}, or choose optim=cosine"
+        )
+        return
+    if steps % cycle:
+        lower, upper = steps // cycle * cycle, (steps // cycle + 1) * cycle
+        near = f"{lower} or {upper}" if lower else str(upper)
+        yield f"optim.cycle_steps={cycle}: must divide trainer.steps={steps}; choose another, or trainer.steps={near}"
+    for key, value in (("warmup_steps", optim.warmup_steps), ("restart_warmup_steps", rewarm)):
+        if value > cycle:
+            yield (
+                f"optim.{key}={value}: is above optim.cycle_steps={cycle}, so the next restart would come before the "
+                "warm-up ends; shorten the one or lengthen the other"
+            )
 
 
 def _machine(config: RunConfig) -> Iterator[str]:

@@ -96,11 +96,13 @@ class OptimConfig:
     """Learning rate, its schedule, decay and clipping. Steps are updates, never micro-batches."""
 
     lr: float = 1e-3
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "cosine_restarts", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     min_lr_ratio: float = 0.1  # of lr, reached at the last step
     weight_decay: float = 0.0
     grad_clip: float | None = None  # largest global gradient norm; null: no clipping
+    cycle_steps: int | None = None  # updates from one restart to the next; null: no restarts
+    restart_warmup_steps: int = 0  # updates from 0 back up to the cosine after each restart
     clip_norm_of: Literal["full", "projected"] = "full"  # projected: the norm of what reaches the inner rule
 
 

@@ -13,6 +13,7 @@ OTHER_WORDS = {
     "ckpt_path": "resume",
     "clip": "optim.grad_clip",
     "continue_from": "resume",
+    "cycle_length": "optim.cycle_steps",
     "dtype": "precision",
     "eval_every": "trainer.eval_every_steps",
     "experiment": "recipe",

@@ -99,7 +99,7 @@ def test_values_take_the_type_of_their_key(word: str, value: Any) -> None:
         ("strategy.subspace.side=lef", "Did you mean left?"),
         ("strategy.subspace.rank=big", "must be a whole number"),
         ("strategy.subspace=svd", "write strategy/subspace=svd"),
-        ("optim=0.1", "There are: constant, cosine, linear"),
+        ("optim=0.1", "There are: constant, cosine, cosine_restarts, linear"),
         ("optim.lr=[1,", "not a value that can be read"),
         ("optim.lr=1,2", "add -m"),
         ("strategy=galore,full", "add -m"),

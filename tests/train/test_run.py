@@ -88,6 +88,15 @@ def test_logged_rates_are_the_ones_used(run: Run, tiny: Words) -> None:
             assert float(row[column]) == pytest.approx(0.006 * factor, rel=1e-12)
 
 
+def test_restarts_reach_the_optimizer(run: Run) -> None:
+    """Two cycles of 6 updates, each later one from 0: the rates by the closed form of the schedule."""
+    words = ["optim=cosine_restarts", "optim.cycle_steps=6", "optim.restart_warmup_steps=2", "optim.warmup_steps=2"]
+    rates = [float(row["train/lr"]) for row in rows_of(run("r", *words, "optim.lr=1.0"))]
+    lengths: dict[str, Any] = {"warmup_steps": 2, "steps": 12, "min_lr_ratio": 0.1}
+    smooth = [multiplier("cosine", step, **lengths) for step in range(12)]
+    assert rates == pytest.approx([*smooth[:6], 0.0, smooth[8] / 2, *smooth[8:]], rel=1e-12)
+
+
 def test_the_first_loss_norm_and_evaluation_are_what_they_say(run: Run, tiny: Words) -> None:
     """Against a plain computation on the same rows: padding, two micro-batches, unequal numbers of targets."""
     words = tiny("r", "data.packing=pad", "trainer.total_batch_size=8", "optim.grad_clip=null", "trainer.steps=5")
