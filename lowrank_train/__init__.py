@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowrank_train.published import optimizer
+    from lowrank_train.published import optimizer, reparametrise, schedule
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "optimizer"]
+__all__ = ["__version__", "optimizer", "reparametrise", "schedule"]
 
 
 def __getattr__(name: str) -> Any:
-    """`lowrank_train.optimizer`, found when it is asked for: the command line starts without torch."""
-    if name == "optimizer":
-        from lowrank_train.published import optimizer
+    """What the library offers, found when it is asked for: the command line starts without torch."""
+    if name in __all__:
+        from lowrank_train import published
 
-        return optimizer
+        return getattr(published, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

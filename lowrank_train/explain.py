@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ def explanation(config: RunConfig) -> list[str]:
     model = meta_model(config.model, vocab_size=vocab_size, dtype=getattr(torch, config.precision.weights))
     state_dtype = getattr(torch, config.precision.state)
     strategy = Strategy.from_config(config.strategy, state_dtype=state_dtype, seed=config.seed)
+    plain = [tuple(parameter.shape) for parameter in model.parameters()]
     strategy.prepare(model)
     rows = strategy.assignment(model)
     lines = [*head(config.strategy.name), "", "Parts in force (* differs from the strategy's own):"]
@@ -51,9 +53,10 @@ def explanation(config: RunConfig) -> list[str]:
     parameters = list(model.parameters())
     size = sum(p.numel() for p in parameters)
     weights_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    lines += ["", model_sentence(config.model.name, size, size, weights_bytes, config.precision.weights), ""]
+    trained = sum(math.prod(row.shape) for row in rows if row.role != "frozen")
+    lines += ["", model_sentence(config.model.name, size, trained, weights_bytes, config.precision.weights), ""]
     lines += tensor_table(described(rows, kinds_by_name(strategy, model)))
-    lines += ["", *totals(rows, state_dtype.itemsize)]
+    lines += ["", *totals(rows, state_dtype.itemsize, plain)]
     remark = advice(config.strategy.name, rows, state_dtype.itemsize)
     return [*lines, *([f"warning: {remark}"] if remark else [])]
 
@@ -182,14 +185,15 @@ def tensor_table(found: Iterable[Described]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
 
 
-def totals(rows: list[Assignment], element_bytes: int) -> Iterator[str]:
-    """Bytes of all state, of the projected matrices and of the rest, beside AdamW's."""
-    for label, members in (
-        ("projected", [row for row in rows if row.role == "projected"]),
-        ("all tensors", rows),
+def totals(rows: list[Assignment], element_bytes: int, plain: list[tuple[int, ...]]) -> Iterator[str]:
+    """Bytes of all state, of the projected matrices and of the rest, beside AdamW's on the `plain` model's shapes."""
+    projected = [row for row in rows if row.role == "projected"]
+    for label, members, shapes in (
+        ("projected", projected, [row.shape for row in projected]),
+        ("all tensors", rows, plain),
     ):
         if members:
-            found = saving(members, element_bytes)
+            found = saving(members, element_bytes, shapes)
             yield (
                 f"state of {label}: {format_bytes(found.strategy_bytes)}; AdamW {format_bytes(found.adamw_bytes)}, "
                 f"8-bit AdamW {format_bytes(found.adamw_8bit_bytes)}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,16 +12,22 @@ from torch import Tensor, nn
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.parts import instantiate
 from lowrank_train.config.schema import StrategyConfig
+from lowrank_train.nn.events import Event
+from lowrank_train.nn.merge import Merge
+from lowrank_train.nn.reparam import Weights, dense_state_dict, layers_of
 from lowrank_train.optim.activity import is_trainable, put_to_sleep
 from lowrank_train.optim.blocks import Blocks, BlockSchedule
+from lowrank_train.optim.groups import Group
 from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.lift import Lift
-from lowrank_train.optim.optimizer import Group, TransformOptimizer
+from lowrank_train.optim.moments_of import moments_of
+from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.refusals import When
 from lowrank_train.optim.selection import matched_names, slots_for
 from lowrank_train.optim.stored import Storage, Stored
 from lowrank_train.optim.subspace.base import Subspace
 from lowrank_train.optim.transform import Slot, Transform
+from lowrank_train.reparametrising import merge_faults, swap_in
 from lowrank_train.strategy_checks import taken_by_accident
 
 
@@ -38,9 +45,11 @@ class Assignment:
 
 @dataclass
 class Strategy:
-    """Which parameters the subspace applies to, the rules for them and for the rest, and when the step runs."""
+    """How matrices are represented, which rule serves which parameter, when the step runs, and what happens between."""
 
     name: str
+    weights: Weights | None  # None: dense, as the model has them
+    merge: Merge | None
     select: list[str]  # patterns of parameter names
     selected: Transform | None  # the rule for what `select` matches; None: nothing is selected
     rest: Transform
@@ -54,6 +63,8 @@ class Strategy:
     def from_config(cls, config: StrategyConfig, *, state_dtype: torch.dtype | None = None, seed: int = 0) -> Strategy:
         """Build the parts; a value that a part refuses is a UserError."""
         try:
+            weights = None if config.weights is None else instantiate(config.weights)
+            merge = None if config.merge is None else instantiate(config.merge)
             selected = rule_for_selected(config, seed)
             rest = stored(instantiate(config.rest), config, of_rest=True)
         except UserError:
@@ -62,6 +73,8 @@ class Strategy:
             raise UserError(str(error)) from None
         return cls(
             name=config.name,
+            weights=weights,
+            merge=merge,
             select=list(config.select),
             selected=selected,
             rest=rest,
@@ -73,7 +86,15 @@ class Strategy:
         )
 
     def prepare(self, model: nn.Module) -> None:
-        """Bring the model into the form that is trained; dense weights need nothing but a valid selection."""
+        """Bring the model into the form that is trained; dense weights need nothing but a valid selection.
+
+        UserError for layers, ranks or patterns that do not fit.
+        """
+        if self.weights is not None:
+            swap_in(model, self.weights, self.seed)
+            faults = merge_faults(self.merge, layers_of(model)) if self.merge is not None else []
+            if faults:
+                raise UserError(faults)
         self._split(model)
 
     def optimizer(
@@ -87,16 +108,14 @@ class Strategy:
         micro_batches: int = 1,
     ) -> TransformOptimizer:
         """The optimizer of every trainable parameter, each in exactly one group. UserError for what cannot be."""
-        selected, rest = self._split(model)
-        if self.freeze_rest:
-            for _, param in rest:
-                put_to_sleep(param)
-            rest = []
-        groups = []
-        for name, transform, params in (("projected", self.selected, selected), ("rest", self.rest, rest)):
-            if params:
-                assert transform is not None
-                groups.append(Group(name, transform, params, self._slots(params)))
+        groups = self._groups(model)
+        if self.merge is not None and self.merge.thins:
+            unfit = sorted({type(group.transform).__name__ for group in groups if not group.transform.maskable})
+            if unfit:
+                raise UserError(
+                    f"strategy.merge.moments={self.merge.moments}: {', '.join(unfit)} keeps no moment for each number "
+                    "of a parameter, so that none can be made zero; use strategy.merge.moments=fresh or keep"
+                )
         try:
             return TransformOptimizer(
                 groups,
@@ -111,9 +130,44 @@ class Strategy:
         except ValueError as error:
             raise UserError(str(error)) from None
 
+    def regroup(self, model: nn.Module, optimizer: TransformOptimizer) -> None:
+        """Let the optimizer serve what is trained now, where an event or a checkpoint has changed what that is."""
+        trained = {param for param in model.parameters() if is_trainable(param)}
+        if trained != set(optimizer.slots):
+            optimizer.regroup(self._groups(model))
+
+    @property
+    def group_names(self) -> list[str]:
+        """Every group that the optimizer may ever have."""
+        names = [] if self.selected is None else ["projected"]
+        names += [] if self.freeze_rest else ["rest"]
+        return [group_name(name, ratio) for name in names for ratio in (1.0, *sorted(set(self._ratios().values())))]
+
+    @property
+    def events(self) -> list[Event]:
+        """What happens outside the updates, in the order in which it happens after one of them."""
+        if self.weights is None:
+            return []
+        merges = [] if self.merge is None else self.merge.events(self.seed, self.weights.begins_after_steps)
+        return [*self.weights.events(), *merges]
+
+    @torch.no_grad()
+    def run_events(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Event]:
+        """Everything that is due after update number `step`, counted from 1; what has happened, in order."""
+        due = [event for event in self.events if event.due(step)]
+        if due:
+            layers, moments = layers_of(model), moments_of(optimizer)
+            for index, event in enumerate(due):
+                said = event.run(event.number(step), layers, moments)
+                if said is not None:
+                    due[index] = replace(event, name=said, quiet=False)
+            if isinstance(optimizer, TransformOptimizer):
+                self.regroup(model, optimizer)
+        return due
+
     def dense_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The plain dense weights that evaluation, export and everybody else sees."""
-        return model.state_dict()
+        return dense_state_dict(model)
 
     def assignment(self, model: nn.Module) -> list[Assignment]:
         """One row a parameter; state is counted on the meta device, not estimated."""
@@ -143,6 +197,27 @@ class Strategy:
                 rows.append(Assignment(name, shape, role, "", None, state_bytes))
         return rows
 
+    def _groups(self, model: nn.Module) -> list[Group]:
+        """Every trained parameter in exactly one group: by its rule, and by its multiple of the learning rate."""
+        selected, rest = self._split(model)
+        if self.freeze_rest:
+            for _, param in rest:
+                put_to_sleep(param)
+            rest = []
+        ratios = self._ratios()
+        groups = []
+        for name, transform, params in (("projected", self.selected, selected), ("rest", self.rest, rest)):
+            for ratio in (1.0, *sorted(set(ratios.values()))):
+                members = [item for item in params if ratios.get(item[0].rpartition(".")[2], 1.0) == ratio]
+                if members:
+                    assert transform is not None
+                    groups.append(Group(group_name(name, ratio), transform, members, self._slots(members), ratio))
+        return groups
+
+    def _ratios(self) -> Mapping[str, float]:
+        """Last part of a parameter's name -> multiple of the learning rate, where it is not 1."""
+        return {} if self.weights is None else self.weights.lr_ratios()
+
     def _slots(self, params: list[tuple[str, Tensor]]) -> list[Slot]:
         return slots_for(params, seed=self.seed, state_dtype=self.state_dtype)
 
@@ -170,6 +245,11 @@ class Strategy:
             ]
         fault = rule.misfit(param.shape) if rule is not None else None
         return [f"{name} of shape {tuple(param.shape)}: {fault}"] if fault else []
+
+
+def group_name(name: str, ratio: float) -> str:
+    """`rest`, or `rest_x16` for what learns 16 times as fast."""
+    return name if ratio == 1 else f"{name}_x{ratio:g}"
 
 
 def rule_for_selected(config: StrategyConfig, seed: int) -> Transform | None:

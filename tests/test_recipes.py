@@ -15,6 +15,7 @@ from lowrank_train.config.paths import group_choices, recipe_files, recipe_name
 from lowrank_train.config.recipes import FIELDS, read_head, table
 from lowrank_train.models import meta_model
 from lowrank_train.strategy import Strategy
+from lowrank_train.train.summary import weights_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECIPES = recipe_files()
@@ -65,8 +66,7 @@ def persistent_bytes(config: RunConfig) -> tuple[int, int]:
         micro_batches=micro_batches(config),
     )
     optimizer.initialize()
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return weights, sum(optimizer.state_bytes().values())
+    return weights_bytes(model), sum(optimizer.state_bytes().values())
 
 
 def test_there_are_recipes_for_the_published_runs() -> None:
@@ -155,6 +155,7 @@ def test_every_choice_of_every_group_composes() -> None:
         "data=jsonl": ["data.train=[x.jsonl]"],
         "data=text": ["data.train=[x.txt]"],
         "data=tokens": ["data.train=[x]"],
+        "strategy/merge=periodic": ["strategy/weights=lora"],
     }
     for group, choices in group_choices().items():
         for choice in choices:

@@ -34,6 +34,8 @@ class Argument:
 
 
 AXES = {
+    "weights": "lowrank_train.nn.reparam.Weights",
+    "merge": "lowrank_train.nn.merge.Merge",
     "subspace": "lowrank_train.optim.subspace.base.Subspace",
     "inner": "lowrank_train.optim.transform.Transform",
     "lift": "lowrank_train.optim.lift.Lift",

@@ -66,6 +66,8 @@ class StrategyConfig:
     """A memory strategy: one choice on every axis."""
 
     name: str = "full"
+    weights: Part | None = None  # how the matrices of linear layers are represented; null: dense
+    merge: Part | None = None  # folds the layers of `weights` every so many updates; null: never
     select: list[str] = field(default_factory=list)  # patterns of the names of the matrices that `inner` serves
     subspace: Part | None = None  # null: `inner` runs on the whole matrix
     inner: Part | None = None  # the rule on the small gradient
@@ -99,10 +101,10 @@ class OptimConfig:
     schedule: Literal["cosine", "cosine_restarts", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     min_lr_ratio: float = 0.1  # of lr, reached at the last step
-    weight_decay: float = 0.0
-    grad_clip: float | None = None  # largest global gradient norm; null: no clipping
     cycle_steps: int | None = None  # updates from one restart to the next; null: no restarts
     restart_warmup_steps: int = 0  # updates from 0 back up to the cosine after each restart
+    weight_decay: float = 0.0
+    grad_clip: float | None = None  # largest global gradient norm; null: no clipping
     clip_norm_of: Literal["full", "projected"] = "full"  # projected: the norm of what reaches the inner rule
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
 from typing import Any
 
 from lowrank_train.config.schema import Part, RunConfig
+from lowrank_train.config.shapes import smallest_side
+from lowrank_train.config.weights_checks import weights_faults
 
 
 def micro_batches(config: RunConfig) -> int:
@@ -43,6 +44,7 @@ def strategy_faults(config: RunConfig) -> Iterator[str]:
             "strategy.select: has no meaning without a rule for what it selects; add strategy/inner=NAME, or "
             "strategy.select=[]"
         )
+    yield from weights_faults(config)
     if strategy.subspace is None:
         for name in ("lift", "feedback", "refresh"):
             if getattr(strategy, name) is not None:
@@ -69,36 +71,13 @@ def _subspace(config: RunConfig, subspace: Part) -> Iterator[str]:
             "strategy.on_refresh=reset: the subspace moves at every update, so that no moment would outlive one; use "
             "strategy.on_refresh=keep or rotate, or a larger strategy.subspace.every"
         )
-    smallest = None if "of" in subspace else smallest_side(config)  # coordinates count rows, columns or entries
+    # coordinates count rows, columns or entries
+    smallest = None if "of" in subspace else smallest_side(config, config.strategy.select)
     if isinstance(rank, int) and smallest is not None and rank > smallest[0]:
         yield (
             f"strategy.subspace.rank={rank}: is above {smallest[0]}, the short side of {smallest[1]} "
             f"({smallest[2][0]} x {smallest[2][1]}) in model {config.model.name}"
         )
-
-
-def smallest_side(config: RunConfig) -> tuple[int, str, tuple[int, int]] | None:
-    """The shortest side among the selected matrices of a LLaMA, with the matrix and its shape; None where unknown."""
-    model = config.model
-    if model.kind != "llama":
-        return None
-    hidden, inner = model.hidden_size, model.intermediate_size
-    key_value = hidden // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (key_value, hidden),
-        "self_attn.v_proj": (key_value, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    sides = [
-        (min(shape), name, shape)
-        for name, shape in shapes.items()
-        if any(fnmatch.fnmatchcase(f"model.layers.0.{name}.weight", pattern) for pattern in config.strategy.select)
-    ]
-    return min(sides, default=None)
 
 
 def stepping_faults(config: RunConfig) -> Iterator[str]:

@@ -20,6 +20,7 @@ def plot_loss(metrics_path: Path, picture_path: Path, *, title: str, unigram_per
     losses = [float(row["train/loss"]) for row in rows]
     validated = [(int(row["step"]), float(row["val/loss"])) for row in rows if row["val/loss"]]
     refreshed = [int(row["step"]) for row in rows if float(row["optim/refreshes"] or 0) > 0]
+    happened = [(int(row["step"]), row["events"]) for row in rows if row.get("events")]
     figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")  # not pyplot: no display, no global state
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each update")
@@ -43,6 +44,7 @@ def plot_loss(metrics_path: Path, picture_path: Path, *, title: str, unigram_per
         )
     if refreshed:
         mark_refreshes(axes, refreshed)
+    mark_events(axes, happened)
     dress(axes, title, losses, [loss for _, loss in validated])
     axes.set_xlim(0, max(steps, default=1))
     aside = picture_path.with_name(picture_path.name + ".partial")
@@ -76,6 +78,15 @@ def mark_refreshes(axes: Axes, steps: list[int]) -> None:
         transform=axes.get_xaxis_transform(),
         label="subspace refreshed",
     )
+
+
+def mark_events(axes: Axes, happened: list[tuple[int, str]]) -> None:
+    """A thin line through the whole picture for each merge or other event, one colour and label a kind."""
+    kinds = dict.fromkeys(kind for _, kind in happened)
+    for kind, color in zip(kinds, itertools.cycle(("tab:red", "tab:purple", "tab:brown", "tab:olive")), strict=False):
+        for index, step in enumerate(step for step, other in happened if other == kind):
+            label = kind if index == 0 else None
+            axes.axvline(step, color=color, linestyle=":", linewidth=0.9, alpha=0.8, label=label, zorder=0)
 
 
 def dress(axes: Axes, title: str, training: list[float], validation: list[float]) -> None:

@@ -22,12 +22,15 @@ class Saving:
     adamw_8bit_bytes: int
 
 
-def saving(rows: Iterable[Assigned], element_bytes: int) -> Saving:
-    """What the state of `rows` takes, and what that of AdamW would take; `element_bytes`: of a number of its state."""
-    ours = full = eight_bit = 0
-    for row in rows:
-        elements = math.prod(row.shape)
-        ours += row.state_bytes
+def saving(rows: Iterable[Assigned], element_bytes: int, plain: Iterable[tuple[int, ...]] | None = None) -> Saving:
+    """What the state of `rows` takes, and what that of AdamW would take; `element_bytes`: of a number of its state.
+
+    `plain`: the shapes that AdamW would train; None: those of `rows`.
+    """
+    rows = list(rows)
+    ours, full, eight_bit = sum(row.state_bytes for row in rows), 0, 0
+    for shape in [row.shape for row in rows] if plain is None else plain:
+        elements = math.prod(shape)
         full += 2 * element_bytes * elements
         coded = elements + 4 * math.ceil(elements / EIGHT_BIT_BLOCK)
         eight_bit += 2 * (coded if elements >= EIGHT_BIT_MIN_ELEMENTS else 4 * elements)

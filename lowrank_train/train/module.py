@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lowrank_train.config.errors import EXIT_NOT_FINITE, RunStopped
@@ -19,6 +17,7 @@ from lowrank_train.config.schema import OptimConfig, RunConfig
 from lowrank_train.models import causal_loss
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.schedule import multiplier
+from lowrank_train.strategy import Strategy
 from lowrank_train.train.checkpoint_io import RUN_KEY
 from lowrank_train.train.run_state import Counters, random_state
 
@@ -47,12 +46,13 @@ class Update:
 
 
 class CausalLanguageModule(L.LightningModule):
-    """Trains `model` with `optimizer`; knows nothing of the memory strategy behind either."""
+    """Trains `model` with `optimizer`; of the memory strategy behind them it knows the protocol alone."""
 
     def __init__(
         self,
         config: RunConfig,
         model: PreTrainedModel,
+        strategy: Strategy,
         optimizer: TransformOptimizer,
         batches: TrainingBatches,
         *,
@@ -63,10 +63,12 @@ class CausalLanguageModule(L.LightningModule):
         super().__init__()
         self.config = config
         self.model = model
+        self.strategy = strategy
         self.optimizer = optimizer
         self.micro_batches = micro_batches
         self.facts = facts
         self.counters = Counters()
+        self.events: list[str] = []  # what happened after the current update
         self.began_documents: list[str] = []  # of the current update on this rank; filled only with log_documents
         self.saved_random_state: dict[str, Any] | None = None
         self.last_checkpoint_step: int | None = None
@@ -85,17 +87,15 @@ class CausalLanguageModule(L.LightningModule):
         return batches if self.config.data.repeat else UntilAllEnd(batches, self.micro_batches, self.all_ranks)
 
     def configure_optimizers(self) -> Any:
-        factor = functools.partial(lr_factor, self.config.optim, self.config.trainer.steps)
-        scheduler = LambdaLR(self.optimizer, factor)
-        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        """A checkpoint's weights are in place by now, and with them what is trained at this point of the run."""
+        self.strategy.regroup(self.model, self.optimizer)
+        return self.optimizer
 
-    def on_train_start(self) -> None:
-        """The rate follows from the configuration and the update's number, whatever a checkpoint says of it."""
-        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
-        base, factor = self.config.optim.lr, lr_factor(self.config.optim, self.config.trainer.steps, self.global_step)
-        scheduler.base_lrs = [base for _ in self.optimizer.param_groups]
+    def set_rates(self) -> None:
+        """Those of the next update: they follow from the configuration and its number, whatever a checkpoint says."""
+        factor = lr_factor(self.config.optim, self.config.trainer.steps, self.global_step)
         for group in self.optimizer.param_groups:
-            group["initial_lr"], group["lr"] = base, base * factor
+            group["lr"] = self.config.optim.lr * group["lr_ratio"] * factor
             group["weight_decay"] = self.config.optim.weight_decay
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -123,6 +123,7 @@ class CausalLanguageModule(L.LightningModule):
 
     def _open_window(self, batch: dict[str, Any]) -> Window:
         targets = self.sum_over_ranks(torch.tensor([batch["window_targets"]], dtype=torch.float64))
+        self.set_rates()
         self._lr_used = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         return Window(targets=max(1, int(targets.item())), loss_sum=zero)  # 1: a window of nothing but padding
@@ -203,5 +204,11 @@ class UntilAllEnd:
 def lr_factor(optim: OptimConfig, steps: int, step: int) -> float:
     """The schedule's multiplier after `step` updates."""
     return multiplier(
-        optim.schedule, step, warmup_steps=optim.warmup_steps, steps=steps, min_lr_ratio=optim.min_lr_ratio
+        optim.schedule,
+        step,
+        warmup_steps=optim.warmup_steps,
+        steps=steps,
+        min_lr_ratio=optim.min_lr_ratio,
+        cycle_steps=optim.cycle_steps,
+        restart_warmup_steps=optim.restart_warmup_steps,
     )

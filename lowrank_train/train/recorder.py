@@ -35,6 +35,7 @@ COLUMNS_AFTER_RATES = (
     "optim/refreshes",  # bases that moved
     "optim/kept_bases",  # bases that were due to move but stayed: the gradient was zero
     "optim/skipped_tensors",
+    "events",  # what happened after the update: merges, re-decompositions, ...
     "val/loss",
     "val/perplexity",
     "time/elapsed_sec",
@@ -174,6 +175,7 @@ class Recorder(L.Callback):
             "optim/refreshes": stats["refreshes"],
             "optim/kept_bases": stats["kept_bases"],
             "optim/skipped_tensors": stats["skipped_tensors"],
+            "events": "; ".join(module.events),
             "time/elapsed_sec": counters.elapsed_sec,
         }
 

@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.loggers import Logger
 from transformers import PreTrainedModel
 
-from lowrank_train.config.errors import RunStopped
+from lowrank_train.config.errors import RunStopped, UserError
 from lowrank_train.config.files import to_container
 from lowrank_train.config.schema import RunConfig
+from lowrank_train.config.weights_checks import weights_remarks
 from lowrank_train.data import (
     Tokenizer,
     data_fingerprint,
@@ -33,6 +34,7 @@ from lowrank_train.report.savings import advice
 from lowrank_train.strategy import Strategy
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
 from lowrank_train.train.csv_file import CsvFile, MetricsCsv
+from lowrank_train.train.events import EventRunner
 from lowrank_train.train.interrupts import Interrupts
 from lowrank_train.train.loggers import extra_loggers
 from lowrank_train.train.machinery import (
@@ -75,7 +77,7 @@ def train(config: RunConfig) -> int:
         strategy = prepare_strategy(config, model)
         optimizer = build_optimizer(config, strategy, model)
         module = CausalLanguageModule(
-            config, model, optimizer, data.training, micro_batches=data.micro_batches, facts=data.facts
+            config, model, strategy, optimizer, data.training, micro_batches=data.micro_batches, facts=data.facts
         )
         announce(console, config, folder, model, strategy, data, device)
         fit(config, folder, console, module, data, device)
@@ -119,6 +121,14 @@ def prepare_data(config: RunConfig, tokenizer: Tokenizer) -> RunData:
 def prepare_strategy(config: RunConfig, model: PreTrainedModel) -> Strategy:
     """The memory strategy, with the model brought into the form it trains."""
     strategy = Strategy.from_config(config.strategy, state_dtype=DTYPES[config.precision.state], seed=config.seed)
+    devices = config.trainer.devices * config.trainer.num_nodes
+    restructuring = [event.name for event in strategy.events if event.restructures]
+    if devices > 1 and restructuring:
+        raise UserError(
+            f"trainer.devices: strategy {config.strategy.name} changes what is trained in the middle of a run "
+            f"({', '.join(restructuring)}), and {devices} devices add up the gradients of what was trained at its "
+            "start; use trainer.devices=1 trainer.num_nodes=1"
+        )
     strategy.prepare(model)
     return strategy
 
@@ -168,8 +178,8 @@ def announce(
         lines.append(f"going on after step {folder.step:,}, from {folder.resume_from}")
     console.say("\n".join(lines))
     remark = advice(config.strategy.name, strategy.assignment(model), DTYPES[config.precision.state].itemsize)
-    if remark:
-        console.warn(remark)
+    for line in (*weights_remarks(config), *([remark] if remark else [])):
+        console.warn(line)
 
 
 def fit(
@@ -201,7 +211,7 @@ def fit(
         device,
         folder=folder.path,
         micro_batches=data.micro_batches,
-        callbacks=[recorder, saver],
+        callbacks=[EventRunner(console), recorder, saver],
         loggers=loggers,
         checkpoints=checkpoints,
     )
@@ -226,8 +236,7 @@ def open_tables(
     config: RunConfig, folder: RunFolder, module: CausalLanguageModule
 ) -> tuple[list[Logger], CsvFile | None]:
     """metrics.csv and the loggers beside it, and documents.csv where wanted, all cut back to the step to go on from."""
-    groups = [group["name"] for group in module.optimizer.param_groups]
-    metrics = MetricsCsv(folder.path / METRICS_FILE, metric_columns(groups))
+    metrics = MetricsCsv(folder.path / METRICS_FILE, metric_columns(module.strategy.group_names))
     metrics.file.start(folder.step)
     documents = None
     if config.data.log_documents:

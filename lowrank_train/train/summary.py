@@ -14,6 +14,8 @@ from lowrank_train.data import Tokenizer, unigram_perplexity
 from lowrank_train.evaluate.generate import sample
 from lowrank_train.evaluate.perplexity import Evaluation
 from lowrank_train.memory.devices import device_name
+from lowrank_train.nn.reparam import layers_of
+from lowrank_train.optim.activity import is_trainable
 from lowrank_train.report.plots import plot_loss
 from lowrank_train.report.result import hardware, library_versions, project_commit
 from lowrank_train.train.module import CausalLanguageModule
@@ -45,6 +47,7 @@ def summarize(
         "state_bytes": module.optimizer.state_bytes(),
         "weights_bytes": weights_bytes(module.model),
         "parameters": sum(p.numel() for p in module.model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in module.model.parameters() if is_trainable(p)),
         "steps": steps,
         "tokens": counters.tokens,
         "positions": counters.positions,
@@ -91,5 +94,6 @@ def draw(folder: RunFolder, result: dict[str, Any]) -> None:
 
 
 def weights_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters as they are stored."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of the parameters as they are stored, and of what else reparametrised layers keep, such as indices."""
+    buffers = (buffer for layer in layers_of(model).values() for buffer in layer.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *buffers))

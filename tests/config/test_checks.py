@@ -16,6 +16,7 @@ from lowrank_train.config.strategy_checks import smallest_side
 Faults = Callable[..., list[str]]
 
 DEFAULT = compose([])
+RESTARTS = "optim=cosine_restarts"
 
 REFUSED_AND_ALLOWED: list[tuple[str, str, str]] = [  # words refused; part of the reason; words allowed
     ("trainer.total_batch_size=10", "multiple of the 4 rows", "trainer.total_batch_size=12"),
@@ -26,6 +27,25 @@ REFUSED_AND_ALLOWED: list[tuple[str, str, str]] = [  # words refused; part of th
         "trainer.total_batch_size=16 trainer.devices=2",
     ),
     ("optim.warmup_steps=60 trainer.steps=50", "is above trainer.steps=50", "optim.warmup_steps=50 trainer.steps=50"),
+    (f"{RESTARTS} optim.cycle_steps=null", "give a divisor of trainer.steps=1200", RESTARTS),
+    (
+        f"{RESTARTS} optim.cycle_steps=500",
+        "optim.cycle_steps=500: must divide trainer.steps=1200; choose another, or trainer.steps=1000 or 1500",
+        f"{RESTARTS} optim.cycle_steps=500 trainer.steps=1500",
+    ),
+    (f"{RESTARTS} optim.cycle_steps=2000", "or trainer.steps=2000", f"{RESTARTS} optim.cycle_steps=1200"),
+    (f"{RESTARTS} optim.warmup_steps=401", "is above optim.cycle_steps=400", f"{RESTARTS} optim.warmup_steps=400"),
+    (
+        f"{RESTARTS} optim.restart_warmup_steps=401",
+        "is above optim.cycle_steps=400, so the next restart",
+        f"{RESTARTS} optim.restart_warmup_steps=400",
+    ),
+    (f"{RESTARTS} optim.schedule=cosine", "optim.cycle_steps=400: has no meaning", RESTARTS),
+    (
+        "optim.restart_warmup_steps=10",
+        "has no meaning with optim.schedule=cosine; choose optim=cosine_restarts, or optim.restart_warmup_steps=0",
+        "optim.restart_warmup_steps=0",
+    ),
     ("data.seq_len=2048", "is above model.max_position_embeddings=1024", "data.seq_len=1024"),
     ("strategy.subspace.rank=129", "is above 128, the short side of", "strategy.subspace.rank=128"),
     (
@@ -69,6 +89,15 @@ REFUSED_AND_ALLOWED: list[tuple[str, str, str]] = [  # words refused; part of th
     ("strategy.subspace.rank=8 strategy.subspace.density=0.1", "says the same as", "strategy.subspace.density=0.1"),
     ("strategy=frugal strategy.subspace.every=1", "no moment would outlive one", "strategy=frugal"),
     ("strategy.subspace.density=1.5", "must be at most 1", "strategy.subspace.density=0.5"),
+    ("strategy=galore strategy/merge=periodic", "has no layers to fold", "strategy=relora"),
+    ("strategy=lora strategy.weights.rank=129", "is above 128, the short side of mlp.down_proj", "strategy=lora"),
+    ("strategy=relora strategy.merge.every=1300", "no merge would come", "strategy=relora strategy.merge.every=600"),
+    ("strategy=relora strategy.merge.every=100 strategy.merge.delay=100", "[0, 100)", "strategy=relora"),
+    (
+        "strategy=relora optim=cosine_restarts strategy.merge.every=300",
+        "would drift apart",
+        "strategy=relora optim=cosine_restarts strategy.merge.every=200",
+    ),
     ("model=hf data.tokenizer=x", "needs model.path=FOLDER", "model=hf model.path=gpt2"),
     (
         "model.attention=flash_attention_2 trainer.accelerator=cpu",
@@ -178,7 +207,8 @@ def test_accumulation_is_derived() -> None:
 
 
 def test_smallest_side_is_unknown_for_other_models() -> None:
-    assert smallest_side(compose(["model=hf", "model.path=gpt2", "strategy.subspace.rank=4096"])) is None
+    config = compose(["model=hf", "model.path=gpt2", "strategy.subspace.rank=4096"])
+    assert smallest_side(config, config.strategy.select) is None
 
 
 def test_tokenizer_of_another_model_is_its_own_unless_asked_for() -> None:

@@ -50,7 +50,8 @@ def tiny(corpus: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """The words of a command line that trains a tiny model for 12 updates into tmp_path/NAME."""
 
     def words(name: str, *more: str) -> list[str]:
-        galore = [] if "strategy=full" in more else ["strategy.subspace.rank=8", "strategy.subspace.every=5"]
+        other = any(word.startswith("strategy=") and word != "strategy=galore" for word in more)
+        galore = [] if other else ["strategy.subspace.rank=8", "strategy.subspace.every=5"]
         return [
             f"output_dir={tmp_path}", f"run_name={name}", "seed=3",
             "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=1",
@@ -127,7 +128,7 @@ def differences(first: Any, second: Any, path: str = "") -> list[str]:
         return [] if same else [path]
     if isinstance(first, dict):
         if not isinstance(second, dict) or first.keys() != second.keys():
-            return [f"{path}: keys"]
+            return [f"{path}: keys {first.keys() ^ set(second)}"]
         return [place for key in first for place in differences(first[key], second[key], f"{path}/{key}")]
     if isinstance(first, list | tuple):
         if len(first) != len(second):
