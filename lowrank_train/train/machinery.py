@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lowrank_train.config.errors import EXIT_OUT_OF_MEMORY, RunStopped, UserError
@@ -95,7 +96,9 @@ def build_trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy="auto" if alone else "ddp",
+        # Buffers (supports, masks, counters) are the same on every rank by construction; DDP would send them all before
+        # every forward pass.
+        strategy="auto" if alone else DDPStrategy(broadcast_buffers=False),
         # The model already has the dtype of precision.weights. Lightning's "bf16-true" would cast once more, and with
         # it the rotary frequencies, which must stay float32.
         precision="bf16-mixed" if config.precision.compute == "bf16-mixed" else "32-true",
