@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import recorded_layers
 from benchmarks.rows import earlier_rows, write_rows
 from lowrank_train import optimizer
 from lowrank_train.config.schema import ModelConfig
 from lowrank_train.models import build_model, causal_loss
-from lowrank_train.optim.schedule import multiplier
 from lowrank_train.published import METHODS
 
 PROJECT = ["*.self_attn.*.weight", "*.mlp.*.weight"]
@@ -68,6 +68,13 @@ RUNS = [
     Run("adamw_split", "adamw", {"ratio": 0.25}),
     Run("adamw_split_ratio0.1", "adamw", {"ratio": 0.1}),
     Run("adamw_split_ratio0.05", "adamw", {"ratio": 0.05}),
+    Run("lora", "lora"),
+    Run("relora", "relora"),
+    Run("relora_asis", "relora"),
+    Run("sltrain", "sltrain"),
+    Run("sltrain_lr1e-2", "sltrain"),
+    Run("sltrain_lr1e-3", "sltrain"),
+    Run("lowrank", "lowrank"),
 ]
 
 
@@ -128,34 +135,42 @@ def train(folder: Path, run: Run, *, published: bool) -> tuple[list[float], floa
     """Losses of every update, and the evaluation loss at the end."""
     settings = run.settings(folder)
     model, length = initial_model(settings["model"]), settings["seq"]
-    options = {key: value for key, value in (settings["method_args"] | run.options).items() if key != "note"}
-    ratio = options.pop("ratio", 1.0)  # of the matrices' learning rate to the others'
-    source = apollo_draws(model, options["rank"]) if run.method == "apollo" else None
-    optim = optimizer(
-        run.method, model, lr=settings["lr"], project=PROJECT, published=published, basis_source=source, **options
-    )
-    schedule = settings["schedule"]
+    ratio = 1.0
+    if run.method in recorded_layers.METHODS:
+        prepared = recorded_layers.prepare(model, run.method, settings, published=published)
+    else:
+        prepared, ratio = prepared_optimizer(model, run, settings, published=published)
+    optim = prepared.optimizer
     train_blocks, losses = blocks(folder, "train_tokens.npy", length), []
     order = np.random.default_rng(0).permutation(len(train_blocks))
     for update in range(settings["steps"]):
         chosen = order[(update * settings["batch"] + np.arange(settings["batch"])) % len(order)]
         loss, targets = summed_loss(model, train_blocks[chosen])
         (loss / targets).backward()
-        factor = multiplier(
-            "cosine",
-            update,
-            warmup_steps=schedule["warmup_steps"],
-            steps=schedule["num_training_steps"],
-            min_lr_ratio=schedule["min_lr_ratio"],
-        )
         for group in optim.param_groups:
-            group["lr"] = settings["lr"] * factor * (ratio if group["name"] == "projected" else 1.0)
+            scale = prepared.factor(update) * (ratio if group["name"] == "projected" else 1.0)
+            group["lr"] = settings["lr"] * scale
         optim.step()
         optim.zero_grad()
+        prepared.after(update + 1)
         losses.append(loss.item() / targets)
     with torch.no_grad():
         sums = [summed_loss(model, rows) for rows in blocks(folder, "eval_tokens.npy", length)[:128].split(16)]
     return losses, sum(loss.item() for loss, _ in sums) / sum(targets for _, targets in sums)
+
+
+def prepared_optimizer(
+    model: nn.Module, run: Run, settings: dict[str, Any], *, published: bool
+) -> tuple[recorded_layers.Prepared, float]:
+    """The optimizer of a method with dense weights; and the matrices' learning rate as a multiple of the others'."""
+    options = {key: value for key, value in (settings["method_args"] | run.options).items() if key != "note"}
+    ratio = options.pop("ratio", 1.0)  # of the matrices' learning rate to the others'
+    source = apollo_draws(model, options["rank"]) if run.method == "apollo" else None
+    optim = optimizer(
+        run.method, model, lr=settings["lr"], project=PROJECT, published=published, basis_source=source, **options
+    )
+    factor = recorded_layers.factor_of(settings["schedule"], published=False)
+    return recorded_layers.Prepared(optim, lambda update: None, factor), ratio
 
 
 def measure(folder: Path, run: Run, *, published: bool) -> dict[str, Any]:
@@ -206,7 +221,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     kinds = {True: "published", False: "ours"}
-    chosen = [run for run in RUNS if run.method in METHODS and (not arguments.runs or run.recorded in arguments.runs)]
+    chosen = [
+        run
+        for run in RUNS
+        if run.method in {*METHODS, *recorded_layers.METHODS} and (not arguments.runs or run.recorded in arguments.runs)
+    ]
     rows = earlier_rows("end_to_end")
     for published in (True, False):
         for run in chosen:
