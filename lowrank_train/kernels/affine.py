@@ -1,4 +1,4 @@
-"""Affine 4- and 8-bit codes of groups of numbers, 4-bit ones two to a byte, in plain torch operations."""
+"""Affine 4- and 8-bit codes of groups of numbers, 4-bit ones two to a byte: the reference, and where a kernel runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Size, Tensor
+
+from lowrank_train.kernels.dispatch import is_tile, runs_kernel
 
 SMALLEST_RANGE = 1e-5  # Q-GaLore's code: of a group whose numbers are all nearly the same
 
@@ -36,6 +38,15 @@ def quantize_affine(values: Tensor, *, bits: int, group: int = 256, uniform: Ten
     uniform: numbers from [0, 1) of the shape of `values`, for stochastic rounding: up where x / scale - floor is above
         the number, so that the expectation is x. Otherwise rounding is to the nearest, to even where two are as near.
     """
+    if is_tile(group) and runs_kernel(values, uniform):
+        from lowrank_train.kernels.triton import affine
+
+        return affine.quantize_affine(values, bits=bits, group=group, uniform=uniform)
+    return quantize_affine_reference(values, bits=bits, group=group, uniform=uniform)
+
+
+def quantize_affine_reference(values: Tensor, *, bits: int, group: int = 256, uniform: Tensor | None = None) -> Affine:
+    """`quantize_affine` in plain torch."""
     flat = values.detach().flatten().float()
     groups, levels = -(-flat.numel() // group), 2**bits - 1
     padded = torch.nn.functional.pad(flat, (0, groups * group - flat.numel())).view(groups, group)
@@ -55,6 +66,17 @@ def quantize_affine(values: Tensor, *, bits: int, group: int = 256, uniform: Ten
 
 def dequantize_affine(stored: Affine, shape: Size | tuple[int, ...], *, bits: int, group: int = 256) -> Tensor:
     """The float32 numbers of `shape` that the codes stand for."""
+    if is_tile(group) and runs_kernel(stored.codes, stored.scale, stored.zero):
+        from lowrank_train.kernels.triton import affine
+
+        return affine.dequantize_affine(stored, shape, bits=bits, group=group)
+    return dequantize_affine_reference(stored, shape, bits=bits, group=group)
+
+
+def dequantize_affine_reference(
+    stored: Affine, shape: Size | tuple[int, ...], *, bits: int, group: int = 256
+) -> Tensor:
+    """`dequantize_affine` in plain torch."""
     numel = Size(shape).numel()
     codes = stored.codes if bits == 8 else _unpack(stored.codes)
     groups = len(stored.scale)

@@ -1,4 +1,4 @@
-"""Blockwise 8-bit storage with a dynamic code book, in plain torch operations."""
+"""Blockwise 8-bit storage with a dynamic code book: the reference in plain torch, and where a kernel runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 
 import torch
 from torch import Tensor
+
+from lowrank_train.kernels.dispatch import is_tile, runs_kernel
 
 DECADES = 7  # the code book reaches down to 1e-7 of a block's largest magnitude
 TABLE = 65535  # bitsandbytes' CPU kernel looks codes up in a table of 65,536 values evenly spread from -1 to 1
@@ -60,8 +62,19 @@ def quantize_blockwise(
     cannot hold, gets the largest magnitude 0.
     keep_nonzero: what is not zero does not become zero. Unsigned books only.
     table: round x / largest to a multiple of 2/65535 first, as bitsandbytes 0.50 does on the CPU, where 0 becomes
-        1.6e-5 (unsigned) or 2.1e-5 of the block's largest.
+        1.6e-5 (unsigned) or 2.1e-5 of the block's largest. Has no kernel.
     """
+    if not table and is_tile(block) and runs_kernel(values):
+        from lowrank_train.kernels.triton import blockwise
+
+        return blockwise.quantize_blockwise(values, signed=signed, block=block, keep_nonzero=keep_nonzero)
+    return quantize_blockwise_reference(values, signed=signed, block=block, keep_nonzero=keep_nonzero, table=table)
+
+
+def quantize_blockwise_reference(
+    values: Tensor, *, signed: bool, block: int = 256, keep_nonzero: bool = False, table: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`quantize_blockwise` in plain torch."""
     flat = values.detach().flatten().float()
     blocks = -(-flat.numel() // block)
     padded = torch.nn.functional.pad(flat, (0, blocks * block - flat.numel())).view(blocks, block)
@@ -81,6 +94,15 @@ def quantize_blockwise(
 
 def dequantize_blockwise(codes: Tensor, largest: Tensor, *, signed: bool, block: int = 256) -> Tensor:
     """The float32 values that codes stand for, in the shape of `codes`."""
+    if is_tile(block) and runs_kernel(codes, largest):
+        from lowrank_train.kernels.triton import blockwise
+
+        return blockwise.dequantize_blockwise(codes, largest, signed=signed, block=block)
+    return dequantize_blockwise_reference(codes, largest, signed=signed, block=block)
+
+
+def dequantize_blockwise_reference(codes: Tensor, largest: Tensor, *, signed: bool, block: int = 256) -> Tensor:
+    """`dequantize_blockwise` in plain torch."""
     flat = code_book(signed, codes.device).index_select(0, codes.flatten().int())
     whole = flat.numel() // block * block
     flat[:whole].view(-1, block).mul_(largest[: whole // block, None])

@@ -27,7 +27,7 @@ class ThroughFactors(torch.autograd.Function):
         seen, seen_frozen = x @ right, x @ right_frozen
         ctx.enhanced = enhanced
         ctx.save_for_backward(x, left, right, left_frozen, right_frozen, sigma, sigma_frozen, seen, seen_frozen)
-        return _scaled(seen, sigma, left) + _scaled(seen_frozen, sigma_frozen, left_frozen)
+        return _sum((seen, sigma, left), (seen_frozen, sigma_frozen, left_frozen))
 
     @staticmethod
     @once_differentiable
@@ -36,7 +36,7 @@ class ThroughFactors(torch.autograd.Function):
         back, back_frozen = grad @ left, grad @ left_frozen
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = _scaled(back, sigma, right) + _scaled(back_frozen, sigma_frozen, right_frozen)
+            dx = _sum((back, sigma, right), (back_frozen, sigma_frozen, right_frozen))
         dleft, dright = grad.T @ seen, x.T @ back
         if not ctx.enhanced:
             dleft, dright = dleft * sigma, dright * sigma
@@ -80,8 +80,13 @@ def composed(
     return torch.addmm((left_frozen * sigma_frozen) @ right_frozen.T, left * sigma, right.T)
 
 
-def _scaled(rows: Tensor, sigma: Tensor, columns: Tensor) -> Tensor:
-    """(rows * sigma) columns^T, with the smaller of the two matrices scaled."""
-    if len(rows) < len(columns):
-        return (rows * sigma) @ columns.T
-    return rows @ (columns * sigma).T
+def _sum(*products: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The sum of (rows * sigma) columns^T, added up in one tensor; the smaller of rows and columns is scaled."""
+    rows, _, columns = products[0]
+    total = rows.new_zeros(len(rows), len(columns))
+    for rows, sigma, columns in products:
+        if len(rows) < len(columns):
+            total.addmm_(rows * sigma, columns.T)
+        else:
+            total.addmm_(rows, (columns * sigma).T)
+    return total

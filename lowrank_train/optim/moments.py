@@ -67,7 +67,7 @@ class Adam(Elementwise):
     ) -> Direction:
         step = state["step"] = counter(state, "step") + 1
         exp_avg, exp_avg_sq = tensor_of(state, "exp_avg"), tensor_of(state, "exp_avg_sq")
-        factor, eps = self._factor_and_eps(step)
+        factor, eps = self.factor_and_eps(step)
         if compressed.dtype in (torch.float32, torch.float64) and fits_fused(compressed, exp_avg, exp_avg_sq):
             quotient = torch.zeros_like(compressed)  # narrower numbers would round it once more than their product does
             self._fused(quotient, compressed, state, -1.0, eps)
@@ -102,7 +102,7 @@ class Adam(Elementwise):
             super().apply(compressed, state, param, rates, decay, grad)
             return
         step = state["step"] = counter(state, "step") + 1
-        factor, eps = self._factor_and_eps(step)
+        factor, eps = self.factor_and_eps(step)
         decays = isinstance(decay, Tensor) or decay != 0
         if decays and self.weight_decay_first:
             param.mul_(1 - decay)
@@ -131,7 +131,7 @@ class Adam(Elementwise):
             maximize=False,
         )
 
-    def _factor_and_eps(self, step: int) -> tuple[float, float]:
+    def factor_and_eps(self, step: int) -> tuple[float, float]:
         """The bias correction as a factor, and what is added to sqrt(v) so that the factor can be taken out."""
         if not self.correct_bias:
             return 1.0, self.eps

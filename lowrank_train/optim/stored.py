@@ -9,12 +9,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lowrank_train.kernels.adam_8bit import adam_8bit_step
 from lowrank_train.kernels.blockwise import dequantize_blockwise, quantize_blockwise
+from lowrank_train.kernels.dispatch import is_tile, runs_kernel
 from lowrank_train.optim.direction import PIECE_ELEMENTS, Direction
 from lowrank_train.optim.moments import Adam, Lion, Momentum, RmsProp
-from lowrank_train.optim.transform import Change, Rates, Slot, State, Transform, tensor_of
+from lowrank_train.optim.transform import Change, Rates, Slot, State, Transform, counter, tensor_of
 
 CODES, SCALE = ".q8", ".scale"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 ELEMENTWISE = (Adam, Lion, Momentum, RmsProp)
 """Rules that treat each number by itself, and so can be run on a part of a tensor; not what is derived from them."""
 
@@ -106,6 +109,9 @@ class Stored(Transform):
         if type(self.inner) not in ELEMENTWISE or not all(tensor.is_contiguous() for tensor in tensors):
             super().apply(compressed, state, param, rates, decay, grad)
             return
+        if not isinstance(decay, Tensor) and self._has_kernel(compressed, state, param):
+            self._apply_by_kernel(compressed, state, param, rates, decay)
+            return
         before = {key: value for key, value in state.items() if isinstance(value, int)}
         size = max(1, PIECE_ELEMENTS["cuda" if param.is_cuda else "cpu"] // self.storage.block) * self.storage.block
         for start in range(0, param.numel(), size):
@@ -114,6 +120,32 @@ class Stored(Transform):
                 flat_grad, flat_param = (tensor.view(-1)[start : start + size] for tensor in (compressed, param))
                 self.inner.apply(flat_grad, opened, flat_param, rates, decay)
             state.update({key: part[key] for key in before})
+
+    def _has_kernel(self, compressed: Tensor, state: State, param: Tensor) -> bool:
+        """Whether one kernel does the whole step: that of Adam, of whose moments both are in codes."""
+        coded = (
+            type(self.inner) is Adam and not self.storage.table and {f"{key}{CODES}" for key in MOMENTS} <= set(state)
+        )
+        return coded and is_tile(self.storage.block) and runs_kernel(param, compressed)
+
+    def _apply_by_kernel(self, compressed: Tensor, state: State, param: Tensor, rates: Rates, decay: float) -> None:
+        assert isinstance(self.inner, Adam)
+        step = state["step"] = counter(state, "step") + 1
+        factor, eps = self.inner.factor_and_eps(step)
+        first, second = ((tensor_of(state, key + CODES), tensor_of(state, key + SCALE)) for key in MOMENTS)
+        adam_8bit_step(
+            param,
+            compressed,
+            first,
+            second,
+            step_size=rates.lr * factor,
+            betas=self.inner.betas,
+            eps=eps,
+            decay=decay,
+            decay_first=self.weight_decay_first,
+            block=self.storage.block,
+            keep_nonzero=self.storage.keep_nonzero,
+        )
 
     def _part(self, state: State, start: int, size: int) -> State:
         """Views of `size` numbers from `start` on of every state tensor, which the rule has one of for each number."""
