@@ -2,10 +2,11 @@
 
     .venv/bin/python -m benchmarks.equal_tokens
 
-The default model on the bundled plays. For each strategy a few learning rates are tried for `--tuning-steps` updates,
-and the best of them (by validation loss) trains for `--steps`; every run begins with the same seed, so that all see the
-same rows in the same order. Ranks are equal, and so are the schedule (ReLoRA's has its restarts), the warm-up and the
-clipping. Runs are ordinary runs of the program, and those already complete in `--folder` are not repeated.
+The default model on the bundled plays. For each strategy learning rates are tried for `--tuning-steps` updates until the
+best of them, by validation loss, has neighbours that are worse; it then trains for `--steps`. Every run begins with the
+same seed, so that all see the same rows in the same order. Ranks are equal, and so are the schedule (ReLoRA's has its
+restarts), the warm-up and the clipping. Runs are ordinary runs of the program, and those already complete in `--folder`
+are not repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from lowrank_train.cli import main as lowrank
 from lowrank_train.config.errors import EXIT_NOT_FINITE
 
 RANK = 32
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+NEIGHBOURS = {lr: (GRID[index - 1], GRID[index + 1]) for index, lr in enumerate(GRID) if 0 < index < len(GRID) - 1}
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)  # tried first
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "full": (),
     "galore": (f"strategy.subspace.rank={RANK}", "strategy.subspace.every=200"),
@@ -65,14 +68,23 @@ def result_of(name: str, strategy: str, lr: float, steps: int, folder: Path, thr
     return found
 
 
+def tune(strategy: str, arguments: argparse.Namespace) -> dict[float, float]:
+    """Learning rate -> validation loss; where the best one is the first or last tried, the grid is continued there."""
+    tried: dict[float, float] = {}
+    waiting = list(LEARNING_RATES)
+    while waiting:
+        for lr in waiting:
+            name = f"{strategy}-tune-{lr:g}"
+            result = result_of(name, strategy, lr, arguments.tuning_steps, arguments.folder, arguments.threads)
+            tried[lr] = result["val_loss"]
+        best, ordered = min(tried, key=lambda lr: tried[lr]), sorted(tried)
+        waiting = [NEIGHBOURS[best][0]] if best == ordered[0] else [NEIGHBOURS[best][1]] if best == ordered[-1] else []
+    return tried
+
+
 def measure(strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Tune, train, and one row of the table."""
-    tried = {
-        lr: result_of(
-            f"{strategy}-tune-{lr:g}", strategy, lr, arguments.tuning_steps, arguments.folder, arguments.threads
-        )["val_loss"]
-        for lr in LEARNING_RATES
-    }
+    tried = tune(strategy, arguments)
     best = min(tried, key=lambda lr: tried[lr])
     result = result_of(f"{strategy}-{best:g}", strategy, best, arguments.steps, arguments.folder, arguments.threads)
     return {
@@ -80,8 +92,7 @@ def measure(strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "val_perplexity": round(result["val_perplexity"], 2),
         "val_loss": round(result["val_loss"], 4),
         "lr": best,
-        "at_the_edge_of_the_grid": best in (min(LEARNING_RATES), max(LEARNING_RATES)),
-        "tuning_losses": {f"{lr:g}": round(loss, 4) for lr, loss in tried.items()},
+        "tuning_losses": {f"{lr:g}": round(tried[lr], 4) for lr in sorted(tried)},
         "trainable_parameters": result["trainable_parameters"],
         "parameters": result["parameters"],
         "weights_bytes": result["weights_bytes"],

@@ -22,7 +22,7 @@ def swap_in(model: nn.Module, weights: Weights, seed: int) -> None:
     if layers_of(model):
         return
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen, faults = matched_names(list(linears), weights.modules, "strategy.weights.modules")
+    chosen, faults = matched_names(list(linears), weights.modules, "strategy.weights.modules", "linear layer")
     faults += _head_by_accident(model, weights, chosen)
     for name, linear in linears.items():
         if name in chosen:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_train.nn.events import Action, Event, Moments
+from lowrank_train.nn.events import Event, each
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, kept
 
 LEAST_RANK = 2  # of the published truncation
@@ -35,30 +35,24 @@ class DLRT(Weights):
             raise ValueError(f"strategy.weights.rank is {self.rank}; with a theta it must be at least {LEAST_RANK}")
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
-        if self.theta is None and self.rank > min(shape):
-            return f"strategy.weights.rank is {self.rank}, above the short side of {shape[0]} x {shape[1]}"
         if self.theta is not None and 2 * self.rank > min(shape):
             return (
                 f"strategy.weights.rank is {self.rank}, above half the short side of {shape[0]} x {shape[1]}: with a "
                 "theta the bases are twice as wide for a while; strategy.weights.theta=null keeps the rank fixed"
             )
-        return None
+        return super().misfit(shape)
 
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return DLRTLinear(linear, self, origin)
 
     def events(self) -> Sequence[Event]:
-        def each(action: str) -> Action:
-            def run(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-                for layer in layers.values():
-                    getattr(layer, action)()
-
-            return run
-
+        end_k = each(DLRTLinear, lambda layer, number, moments: layer.end_k_())
+        end_l = each(DLRTLinear, lambda layer, number, moments: layer.end_l_())
+        end_s = each(DLRTLinear, lambda layer, number, moments: layer.end_s_())
         return [
-            Event("K-step", each("end_k_"), 1, 3, quiet=True, restructures=True),
-            Event("L-step", each("end_l_"), 2, 3, quiet=True, restructures=True),
-            Event("S-step", each("end_s_"), 3, 3, quiet=True, restructures=True),
+            Event("K-step", end_k, 1, 3, quiet=True, restructures=True),
+            Event("L-step", end_l, 2, 3, quiet=True, restructures=True),
+            Event("S-step", end_s, 3, 3, quiet=True, restructures=True),
         ]
 
 

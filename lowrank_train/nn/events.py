@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -28,6 +28,20 @@ class Moments(Protocol):
 Action = Callable[[int, "Mapping[str, ReparamLinear]", Moments], str | None]
 """(number of the event, counted from 1; module name -> layer; moments), changed in place. What it returns, if anything,
 is what the log calls it in place of the event's name, also where the event is quiet: for what happens now and then."""
+
+
+Layer = TypeVar("Layer", bound="ReparamLinear")
+
+
+def each(kind: type[Layer], act: Callable[[Layer, int, Moments], None]) -> Action:
+    """The action that does act(layer, number, moments) with every layer, all of which are of one kind."""
+
+    def run(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
+        for layer in layers.values():
+            assert isinstance(layer, kind)
+            act(layer, number, moments)
+
+    return run
 
 
 @dataclass(frozen=True)

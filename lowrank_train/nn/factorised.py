@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_train.nn.events import Event, Moments
+from lowrank_train.nn.events import Event, Moments, each
 from lowrank_train.nn.guided import GuidedLinear, SelfGuided
 from lowrank_train.nn.reparam import Origin, ReparamLinear, normal, uniform
 
@@ -36,11 +36,6 @@ class LowRank(SelfGuided):
         if self.frobenius_decay < 0:
             raise ValueError(f"strategy.weights.frobenius_decay is {self.frobenius_decay}; it must be at least 0")
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
-        if self.rank > min(shape):
-            return f"strategy.weights.rank is {self.rank}, above the short side of {shape[0]} x {shape[1]}"
-        return None
-
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return LowRankLinear(linear, self, origin)
 
@@ -48,12 +43,10 @@ class LowRank(SelfGuided):
         if not self.frobenius_decay:
             return super().events()
 
-        def decay(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in layers.values():
-                assert isinstance(layer, LowRankLinear)
-                layer.decay_(moments.lr(layer.A) * self.frobenius_decay, moments.lr(layer.B) * self.frobenius_decay)
+        def decay(layer: LowRankLinear, number: int, moments: Moments) -> None:
+            layer.decay_(moments.lr(layer.A) * self.frobenius_decay, moments.lr(layer.B) * self.frobenius_decay)
 
-        return [Event("Frobenius decay", decay, first=1, every=1, quiet=True), *super().events()]
+        return [Event("Frobenius decay", each(LowRankLinear, decay), first=1, every=1, quiet=True), *super().events()]
 
 
 class LowRankLinear(GuidedLinear):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_train.nn.events import Event, Moments
+from lowrank_train.nn.events import Event, Moments, each
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights
 
 
@@ -39,19 +39,13 @@ class SelfGuided(Weights):
         if not self.guided_steps:
             return ()
 
-        def fade(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in layers.values():
-                assert isinstance(layer, GuidedLinear)
-                if layer.alpha is not None:
-                    layer.alpha.fill_(self.alpha_at(number))
+        def fade(layer: GuidedLinear, number: int, moments: Moments) -> None:
+            if layer.alpha is not None:
+                layer.alpha.fill_(self.alpha_at(number))
 
-        def end(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in layers.values():
-                assert isinstance(layer, GuidedLinear)
-                layer.end_guidance_()
-
+        end = each(GuidedLinear, lambda layer, number, moments: layer.end_guidance_())  # type: ignore[type-abstract]
         return [
-            Event("share of the dense path", fade, first=1, every=1, quiet=True),
+            Event("share of the dense path", each(GuidedLinear, fade), first=1, every=1, quiet=True),  # type: ignore[type-abstract]
             Event("end of self-guided training", end, first=self.guided_steps, restructures=True),
         ]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_train.nn.events import Event, Moments
+from lowrank_train.nn.events import Event, each
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, kept, normal, uniform
 from lowrank_train.nn.rounding import Rounding, add_
 
@@ -50,11 +50,6 @@ class LoRA(Weights):
         """s."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
-        if self.rank > min(shape):
-            return f"strategy.weights.rank is {self.rank}, above the short side of {shape[0]} x {shape[1]}"
-        return None
-
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return LoRALinear(linear, self, origin)
 
@@ -69,11 +64,7 @@ class LoRA(Weights):
         if not self.warm_start_steps:
             return ()
 
-        def begin(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in layers.values():
-                assert isinstance(layer, LoRALinear)
-                layer.begin_()
-
+        begin = each(LoRALinear, lambda layer, number, moments: layer.begin_())
         return [Event("end of warm start", begin, self.warm_start_steps, restructures=True)]
 
 

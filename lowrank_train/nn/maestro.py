@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_train.config.seeding import seed_from_name
-from lowrank_train.nn.events import Event, Moments
+from lowrank_train.nn.events import Event, Moments, each
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights
 
 
@@ -39,13 +39,11 @@ class Maestro(Weights):
         return MaestroLinear(linear, self, origin)
 
     def events(self) -> Sequence[Event]:
-        def shrink_groups(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in _ours(layers):
-                layer.shrink_groups_(moments.lr(layer.U) * self.penalty, moments.lr(layer.V) * self.penalty)
+        def shrink_groups(layer: MaestroLinear, number: int, moments: Moments) -> None:
+            layer.shrink_groups_(moments.lr(layer.U) * self.penalty, moments.lr(layer.V) * self.penalty)
 
-        def shrink(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in _ours(layers):
-                layer.slice_(max(1, int((layer.importance() >= self.eps).sum())))
+        def shrink(layer: MaestroLinear, number: int, moments: Moments) -> None:
+            layer.slice_(max(1, int((layer.importance() >= self.eps).sum())))
 
         def choose(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
             ours = _ours(layers)
@@ -55,11 +53,11 @@ class Maestro(Weights):
             ours[index].set_width_(width)
 
         events = [
-            Event("thinning", shrink, self.shrink_every, self.shrink_every, restructures=True),
+            Event("thinning", each(MaestroLinear, shrink), self.shrink_every, self.shrink_every, restructures=True),
             Event("ordered dropout", choose, 1, 1, quiet=True),
         ]
         if self.penalty:
-            events.insert(0, Event("group penalty", shrink_groups, 1, 1, quiet=True))
+            events.insert(0, Event("group penalty", each(MaestroLinear, shrink_groups), 1, 1, quiet=True))
         return events
 
     def pair_of(self, number: int, components: Sequence[int], seed: int) -> tuple[int, int]:

@@ -35,11 +35,6 @@ class ParallelHeads(Weights):
         """s."""
         return self.alpha / self.rank
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
-        if self.rank > min(shape):
-            return f"strategy.weights.rank is {self.rank}, above the short side of {shape[0]} x {shape[1]}"
-        return None
-
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return ParallelHeadsLinear(linear, self, origin)
 

@@ -38,6 +38,9 @@ class Weights(ABC):
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix of this shape, (out_features, in_features), cannot be represented; None if it can."""
+        rank = getattr(self, "rank", None)  # most choices have one
+        if rank is not None and rank > min(shape):
+            return f"strategy.weights.rank is {rank}, above the short side of {shape[0]} x {shape[1]}"
         return None
 
     def layer(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowrank_train.nn.events import Event, Moments
+from lowrank_train.nn.events import Event, each
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, normal
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -43,24 +43,14 @@ class SLoPe(Weights):
                 "leave such layers dense, as with strategy.weights.modules=['*.self_attn.*'], or train a model whose "
                 "sizes are, as with model.intermediate_size"
             )
-        if self.lazy_after_steps is not None and self.rank > min(shape):
-            return f"strategy.weights.rank is {self.rank}, above the short side of {shape[0]} x {shape[1]}"
-        return None
+        return super().misfit(shape) if self.lazy_after_steps is not None else None
 
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return SLoPeLinear(linear, self, origin)
 
     def events(self) -> Sequence[Event]:
-        def renew(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in layers.values():
-                assert isinstance(layer, SLoPeLinear)
-                layer.renew_backward_mask_()
-
-        def begin(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in layers.values():
-                assert isinstance(layer, SLoPeLinear)
-                layer.add_adapters_()
-
+        renew = each(SLoPeLinear, lambda layer, number, moments: layer.renew_backward_mask_())
+        begin = each(SLoPeLinear, lambda layer, number, moments: layer.add_adapters_())
         masks = Event("backward mask", renew, self.mask_change_every, self.mask_change_every, quiet=True)
         if self.lazy_after_steps is None:
             return [masks]

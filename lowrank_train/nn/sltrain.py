@@ -42,11 +42,9 @@ class SLTrain(Weights):
         return int(self.sp_ratio * shape[0] * shape[1])
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
-        if self.rank > min(shape):
-            return f"strategy.weights.rank is {self.rank}, above the short side of {shape[0]} x {shape[1]}"
         if self.entries(shape) == 0:
             return f"strategy.weights.sp_ratio is {self.sp_ratio}, which leaves no entry of {shape[0]} x {shape[1]}"
-        return None
+        return super().misfit(shape)
 
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return SLTrainLinear(linear, self, origin)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_train.nn.events import Event, Moments
+from lowrank_train.nn.events import Event, Moments, each
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, kept
 from lowrank_train.nn.spectral import ThroughDense, ThroughFactors, composed
 
@@ -34,34 +34,25 @@ class SST(Weights):
             if value is not None and value < 1:
                 raise ValueError(f"strategy.weights.{name} is {value}; it must be at least 1")
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
-        if self.rank > min(shape):
-            return f"strategy.weights.rank is {self.rank}, above the short side of {shape[0]} x {shape[1]}"
-        return None
-
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return SSTLinear(linear, self, origin)
 
     def events(self) -> Sequence[Event]:
-        def constrain(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in layers.values():
-                assert isinstance(layer, SSTLinear)
-                layer.constrain_()
+        def begin_iteration(layer: SSTLinear, number: int, moments: Moments) -> None:
+            if number % layer.iterations_per_round == 0:
+                layer.fold_(number)
+                moments.forget(layer.sigma)
+            else:
+                layer.sample_(number)
+            moments.forget(layer.U_active)
+            moments.forget(layer.V_active)
 
-        def begin_iteration(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in layers.values():
-                assert isinstance(layer, SSTLinear)
-                if number % layer.iterations_per_round == 0:
-                    layer.fold_(number)
-                    moments.forget(layer.sigma)
-                else:
-                    layer.sample_(number)
-                moments.forget(layer.U_active)
-                moments.forget(layer.V_active)
+        constrain = each(SSTLinear, lambda layer, number, moments: layer.constrain_())
+        begin = each(SSTLinear, begin_iteration)
 
         return [
             Event("unit columns", constrain, first=1, every=1, quiet=True),
-            Event("new sample of columns", begin_iteration, first=self.iteration_steps, every=self.iteration_steps),
+            Event("new sample of columns", begin, first=self.iteration_steps, every=self.iteration_steps),
         ]
 
 

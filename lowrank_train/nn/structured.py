@@ -28,11 +28,9 @@ class BlockDense(SelfGuided):
             )
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
-        if self.rank > min(shape):
-            return f"strategy.weights.rank is {self.rank}, above the short side of {shape[0]} x {shape[1]}"
         if shape[1] % self.blocks:
             return f"strategy.weights.blocks is {self.blocks}, which does not divide the input's size {shape[1]}"
-        return None
+        return super().misfit(shape)
 
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return BlockDenseLinear(linear, self, origin)

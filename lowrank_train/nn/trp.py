@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_train.nn.events import Event, Moments
+from lowrank_train.nn.events import Event, each
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights
 
 
@@ -35,11 +35,7 @@ class TRP(Weights):
         return TRPLinear(linear, self, origin)
 
     def events(self) -> Sequence[Event]:
-        def prune(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            for layer in layers.values():
-                assert isinstance(layer, TRPLinear)
-                layer.prune_(moments.lr(layer.weight))
-
+        prune = each(TRPLinear, lambda layer, number, moments: layer.prune_(moments.lr(layer.weight)))
         return [Event("rank pruning", prune, self.every, self.every)]
 
 

@@ -15,17 +15,19 @@ from lowrank_train.optim.transform import Slot
 NamedParameters = Sequence[tuple[str, Tensor]]
 
 
-def matched_names(names: Sequence[str], patterns: Iterable[str], key: str) -> tuple[set[str], list[str]]:
+def matched_names(
+    names: Sequence[str], patterns: Iterable[str], key: str, what: str = "parameter"
+) -> tuple[set[str], list[str]]:
     """The names that any pattern (a name, or a glob) matches; and for each pattern that matches none, what is wrong.
 
-    `key` is what the patterns' list is called where the user wrote it.
+    `key` is what the patterns' list is called where the user wrote it, `what` what the names are of.
     """
     faults, chosen = [], set()
     for pattern in patterns:
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-            faults.append(f"{key} pattern {pattern!r} matched no parameter; nearest: {', '.join(nearest)}")
+            faults.append(f"{key} pattern {pattern!r} matched no {what}; nearest: {', '.join(nearest)}")
         chosen.update(matched)
     return chosen, faults
 
