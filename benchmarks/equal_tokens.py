@@ -2,11 +2,11 @@
 
     .venv/bin/python -m benchmarks.equal_tokens
 
-The default model on the bundled plays. For each strategy learning rates are tried for `--tuning-steps` updates until the
-best of them, by validation loss, has neighbours that are worse; it then trains for `--steps`. Every run begins with the
-same seed, so that all see the same rows in the same order. Ranks are equal, and so are the schedule (ReLoRA's has its
-restarts), the warm-up and the clipping. Runs are ordinary runs of the program, and those already complete in `--folder`
-are not repeated.
+The default model on the bundled plays. For each strategy learning rates are tried for `--tuning-steps` updates until
+the best of them, by validation loss, has neighbours that are worse; it then trains for `--steps`. Every run begins
+with the same seed, so that all see the same rows in the same order. Ranks are equal, and so are the schedule
+(ReLoRA's has its restarts), the warm-up and the clipping. Runs are ordinary runs of the program, and those already
+complete in `--folder` are not repeated.
 """
 
 from __future__ import annotations
