@@ -126,3 +126,10 @@ def is_key(dotted: str) -> bool:
             files = (ROOT / "conf" / "/".join(names[: depth + 1])).glob("*.yaml")
             return not rest or any(rest[0] in yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
     return True
+
+
+def test_the_page_of_results_is_made_from_the_rows() -> None:
+    """No figure in it is typed; `python -m benchmarks.results_page` writes it anew."""
+    from benchmarks.results_page import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page()
