@@ -119,8 +119,8 @@ how the strategies behave here, not how they rank at 60M and above. `python -m b
         "step_time",
         "One optimizer step",
         """Ratios to the published package in the same process: below 1 is faster. *Its matrix products* are those that
-the method's algebra cannot do without. *Refresh* is a step that moves every basis; *extra* is the memory of a step beyond
-what is there before it. `python -m benchmarks.step_time`""",
+the method's algebra cannot do without. *Refresh* is a step that moves every basis; *extra* is the memory of a step
+beyond what is there before it. `python -m benchmarks.step_time`""",
         step_time,
     ),
     (
