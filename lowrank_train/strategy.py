@@ -60,13 +60,23 @@ class Strategy:
     seed: int
 
     @classmethod
-    def from_config(cls, config: StrategyConfig, *, state_dtype: torch.dtype | None = None, seed: int = 0) -> Strategy:
-        """Build the parts; a value that a part refuses is a UserError."""
+    def from_config(
+        cls,
+        config: StrategyConfig,
+        *,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        rounding: Rounding = "nearest",
+        steps: int | None = None,
+    ) -> Strategy:
+        """Build the parts; a value that a part refuses is a UserError. `steps`: updates of the run, where known."""
         try:
             weights = None if config.weights is None else instantiate(config.weights)
             merge = None if config.merge is None else instantiate(config.merge)
             selected = rule_for_selected(config, seed)
             rest = stored(instantiate(config.rest), config, of_rest=True)
+            if weights is not None and steps is not None:
+                weights.set_length(steps)
         except UserError:
             raise
         except ValueError as error:

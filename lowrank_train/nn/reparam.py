@@ -67,6 +67,9 @@ class Weights(ABC):
         """Local parameter name -> what its learning rate is multiplied by, where that is not 1."""
         return {}
 
+    def set_length(self, steps: int) -> None:  # noqa: B027 nothing, for most
+        """Take note of the updates of the run before layers and events are made: some things come near its end."""
+
 
 class ReparamLinear(nn.Module, ABC):
     """y = x W^T + bias, where W = dense_weight(), (out_features, in_features), is stored in another form.

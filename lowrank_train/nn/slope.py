@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,8 @@ class SLoPe(Weights):
 
     mask_change_every: int = 100  # updates between two choices of what the backward pass leaves out
     rank: int = 16  # of the late adapters; the paper: 0.05 % to 6.25 % of the hidden size
-    lazy_after_steps: int | None = None  # updates before the adapters come, 99 % of all in the paper; null: never
+    lazy_share: float = 0.01  # of a run, at its end, that has the adapters: the paper's 1 %; 0: none
+    lazy_after_steps: int | None = None  # updates before the adapters come, where that is not said by lazy_share
 
     def __post_init__(self) -> None:
         if self.mask_change_every < 1:
@@ -35,6 +37,13 @@ class SLoPe(Weights):
             raise ValueError(f"strategy.weights.rank is {self.rank}; it must be at least 1")
         if self.lazy_after_steps is not None and self.lazy_after_steps < 1:
             raise ValueError(f"strategy.weights.lazy_after_steps is {self.lazy_after_steps}; it must be at least 1")
+
+        if not 0 <= self.lazy_share < 1:
+            raise ValueError(f"strategy.weights.lazy_share is {self.lazy_share}; it must lie in [0, 1)")
+
+    def set_length(self, steps: int) -> None:
+        if self.lazy_after_steps is None and self.lazy_share:
+            self.lazy_after_steps = max(1, steps - math.ceil(steps * self.lazy_share))
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if shape[0] % 4 or shape[1] % 4:

@@ -120,7 +120,13 @@ def prepare_data(config: RunConfig, tokenizer: Tokenizer) -> RunData:
 
 def prepare_strategy(config: RunConfig, model: PreTrainedModel) -> Strategy:
     """The memory strategy, with the model brought into the form it trains."""
-    strategy = Strategy.from_config(config.strategy, state_dtype=DTYPES[config.precision.state], seed=config.seed)
+    strategy = Strategy.from_config(
+        config.strategy,
+        state_dtype=DTYPES[config.precision.state],
+        seed=config.seed,
+        rounding=config.precision.rounding,
+        steps=config.trainer.steps,
+    )
     devices = config.trainer.devices * config.trainer.num_nodes
     restructuring = [event.name for event in strategy.events if event.restructures]
     if devices > 1 and restructuring:

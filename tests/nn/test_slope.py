@@ -147,9 +147,22 @@ def test_sides_that_are_no_multiple_of_four_are_refused_with_a_way_out(shape: tu
     assert SLoPe().misfit((2048, 2048)) is None
 
 
-@pytest.mark.parametrize("option", [{"mask_change_every": 0}, {"rank": 0}, {"lazy_after_steps": 0}])
+@pytest.mark.parametrize(
+    "option", [{"mask_change_every": 0}, {"rank": 0}, {"lazy_after_steps": 0}, {"lazy_share": 1.0}]
+)
 def test_options_out_of_range_are_refused_by_name(option: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"strategy.weights.{next(iter(option))}"):
         SLoPe(**option)
     assert SLoPe(rank=13, lazy_after_steps=5).misfit((20, 12)) is not None
     assert SLoPe(rank=13).misfit((20, 12)) is None, "no adapters, no rank"
+
+
+def test_adapters_come_in_the_last_hundredth_of_the_run() -> None:
+    """As in the paper; a number of updates of one's own goes before."""
+    for options, first in (({}, 1188), ({"lazy_share": 0.25}, 900), ({"lazy_after_steps": 7}, 7)):
+        choice = SLoPe(**options)  # type: ignore[arg-type]
+        choice.set_length(1200)
+        assert [event.first for event in choice.events() if event.name == "lazy adapters"] == [first]
+    choice = SLoPe(lazy_share=0.0)
+    choice.set_length(1200)
+    assert [event.name for event in choice.events()] == ["backward mask"]
