@@ -55,7 +55,8 @@ def equal_tokens(rows: Rows) -> list[str]:
     first = rows[0]
     note = (
         f"{first['tokens']:,} tokens in {first['steps']:,} updates, rank {first['rank']}; unigram perplexity "
-        f"{first['unigram_perplexity']:.0f}. Learning rates tuned over {first['tuning_steps']} updates."
+        f"{first['unigram_perplexity']:.0f}. The two best learning rates of runs of "
+        f"{first['tuning_steps']} updates were tried."
     )
     return [note, "", *table(columns, lines)]
 
