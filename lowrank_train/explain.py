@@ -44,7 +44,9 @@ def explanation(config: RunConfig) -> list[str]:
     vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     model = meta_model(config.model, vocab_size=vocab_size, dtype=getattr(torch, config.precision.weights))
     state_dtype = getattr(torch, config.precision.state)
-    strategy = Strategy.from_config(config.strategy, state_dtype=state_dtype, seed=config.seed)
+    strategy = Strategy.from_config(
+        config.strategy, state_dtype=state_dtype, seed=config.seed, rounding=config.precision.rounding
+    )
     plain = [tuple(parameter.shape) for parameter in model.parameters()]
     strategy.prepare(model)
     rows = strategy.assignment(model)
@@ -133,7 +135,7 @@ def kinds_by_name(strategy: Strategy, model: PreTrainedModel) -> dict[str, dict[
     found: dict[str, dict[str, int]] = {}
     for param, slot in optimizer.slots.items():
         kinds = found.setdefault(slot.name, {})
-        for key, value in optimizer.state[param].items():
+        for key, value in optimizer.state_of(param).items():
             if isinstance(value, Tensor):
                 kind = key.partition("_")[0].partition(".")[0] if key.startswith("basis") else key.partition(".")[0]
                 kinds[kind] = kinds.get(kind, 0) + value.numel() * value.element_size()
@@ -198,3 +200,6 @@ def totals(rows: list[Assignment], element_bytes: int, plain: list[tuple[int, ..
                 f"state of {label}: {format_bytes(found.strategy_bytes)}; AdamW {format_bytes(found.adamw_bytes)}, "
                 f"8-bit AdamW {format_bytes(found.adamw_8bit_bytes)}"
             )
+    residues = sum(row.residue_bytes for row in rows)
+    if residues:
+        yield f"residues of the weights, the same under every strategy: {format_bytes(residues)}"

@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.parts import instantiate
 from lowrank_train.config.schema import StrategyConfig
+from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.nn.events import Event
 from lowrank_train.nn.merge import Merge
 from lowrank_train.nn.reparam import Weights, dense_state_dict, layers_of
 from lowrank_train.optim.activity import is_trainable, put_to_sleep
-from lowrank_train.optim.blocks import Blocks, BlockSchedule
+from lowrank_train.optim.blocks import Blocks
+from lowrank_train.optim.composed import rule_for_selected, stored
+from lowrank_train.optim.exact_optimizer import bytes_by_kind
 from lowrank_train.optim.groups import Group
 from lowrank_train.optim.in_subspace import InSubspace
-from lowrank_train.optim.lift import Lift
-from lowrank_train.optim.moments_of import moments_of
+from lowrank_train.optim.moments_of import changing_weights, moments_of
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.refusals import When
+from lowrank_train.optim.rounded_weights import RoundedWeights
 from lowrank_train.optim.selection import matched_names, slots_for
-from lowrank_train.optim.stored import Storage, Stored
-from lowrank_train.optim.subspace.base import Subspace
 from lowrank_train.optim.transform import Slot, Transform
 from lowrank_train.reparametrising import merge_faults, swap_in
 from lowrank_train.strategy_checks import taken_by_accident
@@ -41,6 +42,7 @@ class Assignment:
     side: str  # "left", "right", "both", or "" where nothing is projected
     rank: int | None
     state_bytes: int
+    residue_bytes: int = 0  # of them: what rounding leaves over of the weights, the same under every strategy
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Strategy:
     basis_under_accumulation: Any
     state_dtype: torch.dtype | None  # None: each parameter's own
     seed: int
+    rounding: Rounding = "nearest"  # of bfloat16 weights as they are updated
 
     @classmethod
     def from_config(
@@ -72,11 +75,11 @@ class Strategy:
         """Build the parts; a value that a part refuses is a UserError. `steps`: updates of the run, where known."""
         try:
             weights = None if config.weights is None else instantiate(config.weights)
+            if weights is not None and steps is not None:
+                weights.set_length(steps)
             merge = None if config.merge is None else instantiate(config.merge)
             selected = rule_for_selected(config, seed)
             rest = stored(instantiate(config.rest), config, of_rest=True)
-            if weights is not None and steps is not None:
-                weights.set_length(steps)
         except UserError:
             raise
         except ValueError as error:
@@ -93,6 +96,7 @@ class Strategy:
             basis_under_accumulation=config.basis_under_accumulation,
             state_dtype=state_dtype,
             seed=seed,
+            rounding=rounding,
         )
 
     def prepare(self, model: nn.Module) -> None:
@@ -116,6 +120,7 @@ class Strategy:
         grad_clip: float | None = None,
         clip_norm_of: Any = "full",
         micro_batches: int = 1,
+        count_lost_updates: bool = False,
     ) -> TransformOptimizer:
         """The optimizer of every trainable parameter, each in exactly one group. UserError for what cannot be."""
         groups = self._groups(model)
@@ -136,6 +141,8 @@ class Strategy:
                 clip_norm_of=clip_norm_of,
                 micro_batches=micro_batches,
                 basis_under_accumulation=self.basis_under_accumulation,
+                rounding=self.rounding,
+                count_lost_updates=count_lost_updates,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -167,10 +174,11 @@ class Strategy:
         due = [event for event in self.events if event.due(step)]
         if due:
             layers, moments = layers_of(model), moments_of(optimizer)
-            for index, event in enumerate(due):
-                said = event.run(event.number(step), layers, moments)
-                if said is not None:
-                    due[index] = replace(event, name=said, quiet=False)
+            with changing_weights(optimizer):
+                for index, event in enumerate(due):
+                    said = event.run(event.number(step), layers, moments)
+                    if said is not None:
+                        due[index] = replace(event, name=said, quiet=False)
             if isinstance(optimizer, TransformOptimizer):
                 self.regroup(model, optimizer)
         return due
@@ -197,14 +205,15 @@ class Strategy:
                 state = transform.init(like, slots[name])
             except ValueError as error:  # a rule that goes by names cannot say so of a shape alone
                 raise UserError(str(error)) from None
-            state_bytes = sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
+            residue = RoundedWeights(self.rounding).state(like)
+            state_bytes, residue_bytes = (sum(bytes_by_kind([kept]).values()) for kept in (state | residue, residue))
             rule = transform.rule if isinstance(transform, Blocks) else transform
             if isinstance(rule, InSubspace):
                 side, rank = rule.subspace.side_of(state, param.shape), rule.subspace.rank_for(param.shape)
-                rows.append(Assignment(name, shape, "projected", side, rank, state_bytes))
+                rows.append(Assignment(name, shape, "projected", side, rank, state_bytes, residue_bytes))
             else:
                 role = "selected" if name in chosen else "rest"
-                rows.append(Assignment(name, shape, role, "", None, state_bytes))
+                rows.append(Assignment(name, shape, role, "", None, state_bytes, residue_bytes))
         return rows
 
     def _groups(self, model: nn.Module) -> list[Group]:
@@ -260,43 +269,3 @@ class Strategy:
 def group_name(name: str, ratio: float) -> str:
     """`rest`, or `rest_x16` for what learns 16 times as fast."""
     return name if ratio == 1 else f"{name}_x{ratio:g}"
-
-
-def rule_for_selected(config: StrategyConfig, seed: int) -> Transform | None:
-    """The composition of the parts; None for a strategy that treats all parameters alike. ValueError for a misfit."""
-    rule = _rule_of_a_tensor(config)
-    if config.blocks is None:
-        return rule
-    if rule is None:
-        raise ValueError(f"strategy {config.name} has blocks but no inner rule for them; choose strategy/inner=NAME")
-    schedule = instantiate(config.blocks)
-    assert isinstance(schedule, BlockSchedule)
-    return Blocks(rule, schedule, seed)
-
-
-def _rule_of_a_tensor(config: StrategyConfig) -> Transform | None:
-    if config.inner is None:
-        if config.subspace is not None:
-            raise ValueError(f"strategy {config.name} has a subspace but no inner rule; choose strategy/inner=NAME")
-        return None
-    inner = stored(instantiate(config.inner), config)
-    if config.subspace is None:
-        return inner
-    if config.lift is None:
-        raise ValueError(f"strategy {config.name} has a subspace but no lift; choose strategy/lift=NAME")
-    subspace, lift = instantiate(config.subspace), instantiate(config.lift)
-    feedback = None if config.feedback is None else instantiate(config.feedback)
-    assert isinstance(subspace, Subspace) and isinstance(lift, Lift)
-    if config.refresh is not None:
-        subspace.be_lazy(instantiate(config.refresh))
-    return InSubspace(subspace, inner, lift, config.on_refresh, feedback)
-
-
-def stored(rule: Transform, config: StrategyConfig, of_rest: bool = False) -> Transform:
-    """The rule with its state in the strategy's storage, where that is chosen and meant for it."""
-    assert isinstance(rule, Transform)
-    if config.storage is None:
-        return rule
-    storage = instantiate(config.storage)
-    assert isinstance(storage, Storage)
-    return Stored(rule, storage) if storage.rest or not of_rest else rule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -89,6 +90,16 @@ def test_verb_and_faults(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not orthonormal" in capsys.readouterr().err
 
 
+def test_residues_are_told_apart_from_the_state_of_rules() -> None:
+    """2 bytes a weight, and of the default model 926,336 weights are trained."""
+    plain, kahan = (explained("strategy=galore", f"precision={name}") for name in ("bf16", "bf16_kahan"))
+    assert f"the same under every strategy: {format_bytes(2 * 926_336)}" in kahan
+    assert "residue" not in plain
+    assert [line for line in plain.splitlines() if line.startswith("state of")] == [
+        line for line in kahan.splitlines() if line.startswith("state of")
+    ]
+
+
 def row(state_bytes: int, role: str = "projected") -> Assignment:
     return Assignment("a.weight", (128, 128), role, "right", 100, state_bytes)
 
@@ -99,5 +110,6 @@ def test_advice_comes_where_nothing_is_saved() -> None:
     text = advice("galore", [row(2 * 4 * 128 * 128)], 4)
     assert "AdamW would keep 128.0 KiB, and 8-bit AdamW 32.5 KiB" in text
     assert "strategy.subspace.rank, which is 100" in text
+    assert advice("galore", [replace(row(2 * 4 * 128 * 128), residue_bytes=1)], 4) == ""  # AdamW would keep it too
     assert advice("full", [row(1 << 30, role="rest")], 4) == ""
     assert "warning: strategy galore saves nothing here" in explained("strategy=galore", "strategy.subspace.rank=128")

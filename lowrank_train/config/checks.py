@@ -174,6 +174,18 @@ def _precision(config: RunConfig) -> Iterator[str]:
             f"precision.weights={precision.weights}: precision.compute={precision.compute} means weights in {wanted}; "
             "choose precision=fp32, bf16_mixed or bf16"
         )
+    if precision.weights != "bfloat16":
+        if precision.rounding != "nearest":
+            choice = {"stochastic": "bf16_sr", "compensated": "bf16_kahan"}[precision.rounding]
+            yield (
+                f"precision.rounding={precision.rounding}: is for weights in bfloat16, and these are "
+                f"{precision.weights}; choose precision={choice}, or precision.rounding=nearest"
+            )
+        if precision.count_lost_updates:
+            yield (
+                f"precision.count_lost_updates=true: counts among weights in bfloat16, and these are "
+                f"{precision.weights}; choose precision=bf16, bf16_sr or bf16_kahan"
+            )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

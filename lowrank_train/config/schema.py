@@ -91,6 +91,8 @@ class PrecisionConfig:
     compute: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"  # Lightning's name
     weights: Literal["float32", "bfloat16"] = "float32"
     state: Literal["float32", "bfloat16"] = "float32"
+    rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"  # of bfloat16 weights as they are updated
+    count_lost_updates: bool = False  # optim/lost_updates_pct in metrics.csv; with rounding=nearest rules run twice
 
 
 @dataclass

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.nn.events import Event, each
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, kept, normal, uniform
-from lowrank_train.nn.rounding import Rounding, add_
+from lowrank_train.nn.rounding import add_
 
 
 @dataclass

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, kept
-from lowrank_train.nn.rounding import Rounding, add_
+from lowrank_train.nn.rounding import add_
 
 
 @dataclass

@@ -24,7 +24,11 @@ class Origin:
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator on the CPU that is the same on every rank, device and resumption; one for each purpose."""
-        return torch.Generator().manual_seed(seed_from_name(self.seed, f"{self.name}/{purpose}"))
+        return torch.Generator().manual_seed(self.seed_of(purpose))
+
+    def seed_of(self, purpose: str) -> int:
+        """A 63-bit seed; one for each purpose."""
+        return seed_from_name(self.seed, f"{self.name}/{purpose}")
 
 
 @dataclass
@@ -63,12 +67,12 @@ class Weights(ABC):
         """Updates before the layers take their form, such as a dense warm start."""
         return 0
 
+    def set_length(self, steps: int) -> None:  # noqa: B027 nothing, for most
+        """Take note of the updates of the run before layers and events are made: some things come near its end."""
+
     def lr_ratios(self) -> Mapping[str, float]:
         """Local parameter name -> what its learning rate is multiplied by, where that is not 1."""
         return {}
-
-    def set_length(self, steps: int) -> None:  # noqa: B027 nothing, for most
-        """Take note of the updates of the run before layers and events are made: some things come near its end."""
 
 
 class ReparamLinear(nn.Module, ABC):

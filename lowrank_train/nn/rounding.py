@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
+from lowrank_train.kernels.rounding import Rounding, write_rounded_
 from lowrank_train.nn.reparam import Origin
-
-Rounding = Literal["nearest", "stochastic", "compensated"]
-"""nearest: plain rounding, which loses updates below half a unit in the last place. stochastic: rounded up or down with
-the probability that makes the mean right. compensated: a second tensor keeps what rounding left over."""
 
 
 def add_(
@@ -27,17 +21,6 @@ def add_(
     total = weight.to(update.dtype) + update
     if residue is not None:
         total += residue.to(update.dtype)
-    if rounding == "stochastic":
-        weight.copy_(rounded_at_random(total, origin.generator(f"rounding {number}")))
-        return
-    weight.copy_(total)
-    if residue is not None:
-        residue.copy_(total - weight.to(total.dtype))
-
-
-def rounded_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16, up with a probability equal to the distance from the lower neighbour."""
-    bits = values.float().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, generator=generator, device="cpu")
-    cut = (bits + noise.to(bits.device)) & -(1 << 16)  # of sign and magnitude: the carry may move up the exponent
-    return cut.view(torch.float32).to(torch.bfloat16)
+    write_rounded_(
+        weight, total, residue, seed=origin.seed_of(f"rounding {number}") if rounding == "stochastic" else None
+    )

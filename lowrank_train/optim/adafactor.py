@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.direction import Direction, Factored, LineScaled, pieces, row_runs, wide
+from lowrank_train.kernels.pieces import pieces, row_runs
+from lowrank_train.optim.direction import Direction, Factored, LineScaled, wide
 from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter, tensor_of
 
 

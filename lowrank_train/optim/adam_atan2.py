@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.direction import Direction, pieces, wide
+from lowrank_train.kernels.pieces import pieces
+from lowrank_train.optim.direction import Direction, wide
 from lowrank_train.optim.moments import Adam, Elementwise, check_betas
 from lowrank_train.optim.transform import Change, Rates, Slot, State, counter, tensor_of
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Size, Tensor
 
-from lowrank_train.optim.direction import Direction, LineScaled, pieces, row_runs, wide
+from lowrank_train.kernels.pieces import pieces, row_runs
+from lowrank_train.optim.direction import Direction, LineScaled, wide
 from lowrank_train.optim.moments import check_betas
 from lowrank_train.optim.transform import Change, Rates, Slot, State, Transform, counter, tensor_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_train.kernels.affine import Affine, dequantize_affine, empty_affine, quantize_affine
-from lowrank_train.optim.direction import row_runs
+from lowrank_train.kernels.pieces import row_runs
 from lowrank_train.optim.subspace.base import Subspace
 from lowrank_train.optim.transform import Slot, State, counter, tensor_of
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_train.kernels.pieces import row_runs
 from lowrank_train.optim.adafactor import Adafactor, rms, sum_of_squares
-from lowrank_train.optim.direction import Direction, Factored, LineScaled, row_runs, wide
+from lowrank_train.optim.direction import Direction, Factored, LineScaled, wide
 from lowrank_train.optim.subspace.base import BasisSource
 from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter, tensor_of
 

@@ -91,7 +91,7 @@ class Library(Transform):
         if isinstance(decay, Tensor) or decay != 0:
             param.mul_(1 - decay)
         alias = nn.Parameter(param.detach())  # the same memory, with a gradient of its own
-        self._run(alias, compressed, state, rates.lr, self._constructor_lr(rates))
+        self._run(alias, compressed.to(param.dtype), state, rates.lr, self._constructor_lr(rates))
         if alias.data_ptr() != param.data_ptr():  # the rule has put another tensor in its place
             param.copy_(alias)
 

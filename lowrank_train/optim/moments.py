@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lowrank_train.optim.direction import Dense, Direction, Quotient, RootQuotient, pieces, wide
+from lowrank_train.kernels.pieces import pieces
+from lowrank_train.optim.direction import Dense, Direction, Quotient, RootQuotient, wide
 from lowrank_train.optim.transform import Change, Rates, Slot, State, Transform, counter, tensor_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,3 +34,10 @@ class TorchMoments:
 def moments_of(optimizer: torch.optim.Optimizer) -> TransformOptimizer | TorchMoments:
     """What events may do to this optimizer's memory."""
     return optimizer if isinstance(optimizer, TransformOptimizer) else TorchMoments(optimizer)
+
+
+def changing_weights(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Around what changes parameters between updates, so that what the optimizer keeps of their old values is void."""
+    if isinstance(optimizer, TransformOptimizer):
+        return optimizer.rounded_weights.changed_within()
+    return nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -11,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.optim.activity import Activity, wake
+from lowrank_train.optim.exact_optimizer import ExactOptimizer, bytes_by_kind
 from lowrank_train.optim.groups import Group, listed
 from lowrank_train.optim.refusals import When, refuse_impossible
+from lowrank_train.optim.rounded_weights import RoundedWeights
 from lowrank_train.optim.transform import Rates, Slot, State, Transform
-from lowrank_train.optim.update_stats import UpdateStats, describe_refresh, norm, synchronized_sec, total_norm
-
-logger = logging.getLogger(__name__)
+from lowrank_train.optim.update_stats import UpdateStats, norm, total_norm
 
 
-class TransformOptimizer(torch.optim.Optimizer):
+class TransformOptimizer(ExactOptimizer):
     """Applies p <- p - lr * transform(grad) with decoupled weight decay.
 
     when="after_backward": all in step().
@@ -31,7 +31,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     A parameter whose gradient is not finite is left alone for that update, its state with it, and counted.
     Tensors whose rule has no use for a gradient yet are asleep: they ask for none, and nothing touches them.
-    State is tensors and integers; saving and loading keeps every bit and dtype, which torch's own loading does not.
+    State is tensors and integers; saving and loading keeps every bit and dtype.
     """
 
     def __init__(
@@ -45,7 +45,10 @@ class TransformOptimizer(torch.optim.Optimizer):
         clip_norm_of: Literal["full", "projected"] = "full",
         micro_batches: int = 1,
         basis_under_accumulation: Literal["window", "first_micro_batch"] = "window",
+        rounding: Rounding = "nearest",
+        count_lost_updates: bool = False,
     ) -> None:
+        """`rounding` is that of bfloat16 weights, see RoundedWeights; count_lost_updates: stats["lost_updates_pct"]."""
         self.when: When = when
         self.base_lr = lr  # before any schedule
         self.grad_clip = grad_clip
@@ -55,6 +58,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         self.transforms: list[Transform] = []
         self.slots: dict[Tensor, Slot] = {}
         self.transform_of: dict[Tensor, Transform] = {}
+        self.rounded_weights = RoundedWeights(rounding, count_lost_updates)
         self._armed = False
         self._pending: dict[Tensor, Tensor] = {}  # compressed gradients of this window
         self._remarked: set[str] = set()
@@ -94,12 +98,14 @@ class TransformOptimizer(torch.optim.Optimizer):
         ]
         for param in [param for param in self.state if param not in self.slots]:
             del self.state[param]
+        self.rounded_weights.keep_only(self.slots)
         self.zero_grad()
         self._begin_service()
 
     def forget(self, param: Tensor) -> None:
         """Drop the state of a parameter: its next update is its first."""
         self.state.pop(param, None)
+        self.rounded_weights.renew(param)
 
     def mask(self, param: Tensor, keep: Callable[[str, Tensor], Tensor]) -> None:
         """Multiply each moment of a parameter with keep(its name, itself); its step count goes on."""
@@ -131,15 +137,11 @@ class TransformOptimizer(torch.optim.Optimizer):
         """Create all state now instead of at the first update; on meta parameters it is only counted."""
         for param in self.slots:
             self._state(param)
+            self.rounded_weights.state(param)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the state tensors that exist, by kind, and of what several tensors share."""
-        bytes_of: dict[str, int] = {}
-        for state in self.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    kind = "basis" if key.startswith("basis") else key
-                    bytes_of[kind] = bytes_of.get(kind, 0) + value.numel() * value.element_size()
+        bytes_of = bytes_by_kind(self.state_of(param) for param in self.slots)
         pairs = zip(self.transforms, self.param_groups, strict=True)
         shared = sum(transform.shared_bytes(group["params"]) for transform, group in pairs)
         return bytes_of | ({"shared": shared} if shared else {})
@@ -225,32 +227,13 @@ class TransformOptimizer(torch.optim.Optimizer):
         elif param.grad is None or (transform.needs_gradient and param in self._pending):
             low = self._pending[param]
         else:
-            due = transform.refresh_due(state)
-            low = self._compress_and_move(param, param.grad) if due else transform.compress(param.grad, state)
+            low = self._current.compressed(transform, param.grad, state, slot.name, self._remarked)
             if param in self._pending:
                 low = self._pending[param].add_(low)
             self._pending[param] = low
             if not transform.needs_gradient:
                 param.grad = None
         self._current.low_norms[slot.name] = norm(low)
-        return low
-
-    def _compress_and_move(self, param: Tensor, grad: Tensor) -> Tensor:
-        """compress() when the basis is due to move: timed, counted, and told where something was out of order."""
-        transform, state, name = self.transform_of[param], self._state(param), self.slots[param].name
-        moves, fallbacks = transform.refresh_counts(state)
-        started_sec = synchronized_sec(param.device)
-        low = transform.compress(grad, state)
-        self._current.refresh_sec += synchronized_sec(param.device) - started_sec
-        new_moves, new_fallbacks = transform.refresh_counts(state)
-        moved, fell_back = new_moves > moves, new_fallbacks > fallbacks
-        self._current.refreshes += moved
-        self._current.kept_bases += not moved
-        self._current.fallbacks += fell_back
-        remark = describe_refresh(name, moved, fell_back)
-        if remark is not None and name not in self._remarked:  # once, however often it comes again
-            self._remarked.add(name)
-            logger.warning(remark)
         return low
 
     def _update(self, param: Tensor, group: dict[str, Any], factor: float) -> None:
@@ -266,7 +249,9 @@ class TransformOptimizer(torch.optim.Optimizer):
         rates = Rates(group["lr"], self.base_lr * group["lr_ratio"])
         scale = transform.decay_scale(param) if group["weight_decay"] else 1.0
         decay = rates.lr * group["weight_decay"] * scale
-        transform.apply(low, state, param, rates, decay, param.grad if transform.needs_gradient else None)
+        grad = param.grad if transform.needs_gradient else None
+        lost = self.rounded_weights.apply(transform, low, state, param, self.slots[param], rates, decay, grad)
+        self._current.count_lost(lost, param)
         self._pending.pop(param, None)
         transform.settle(state, rates)
         if transform.needs_gradient:
@@ -306,18 +291,5 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._record(param, value, math.isfinite(value.item()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore exactly: torch casts loaded state to the parameter's dtype, which this undoes.
-
-        Raises ValueError when the parameters are not the ones that were saved.
-        """
-        for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if mine["param_names"] != theirs["param_names"]:
-                raise ValueError(f"the saved optimizer state of group {theirs['name']!r} is for other parameters")
-        saved = [state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
-        params = [param for group in self.param_groups for param in group["params"]]
-        for param, state in zip(params, saved, strict=True):
-            for key, value in (state or {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][key] = value.detach().to(param.device, copy=True)
         self._activity.follow(self.state)

@@ -12,7 +12,8 @@ from torch import Tensor
 from lowrank_train.kernels.adam_8bit import adam_8bit_step
 from lowrank_train.kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from lowrank_train.kernels.dispatch import is_tile, runs_kernel
-from lowrank_train.optim.direction import PIECE_ELEMENTS, Direction
+from lowrank_train.kernels.pieces import PIECE_ELEMENTS
+from lowrank_train.optim.direction import Direction
 from lowrank_train.optim.moments import Adam, Lion, Momentum, RmsProp
 from lowrank_train.optim.transform import Change, Rates, Slot, State, Transform, counter, tensor_of
 

@@ -1,7 +1,8 @@
-"""What one update of the optimizer did: gradient norms, moves of the basis, gradients that were not finite."""
+"""What one update of the optimizer did: gradient norms, moves of the basis, what was not finite, what was lost."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -9,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowrank_train.optim.transform import State, Transform
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -23,6 +28,34 @@ class UpdateStats:
     fallbacks: int = 0  # bases that moved by a fallback of the decomposition
     refresh_sec: float = 0.0
     skipped: dict[str, None] = field(default_factory=dict)  # parameters left alone: their gradient was not finite
+    lost: list[Tensor] = field(default_factory=list)  # weights whose update rounding lost, by parameter, where counted
+    counted_weights: int = 0  # of these parameters
+
+    def compressed(self, transform: Transform, grad: Tensor, state: State, name: str, remarked: set[str]) -> Tensor:
+        """transform.compress; where the basis is due to move it is timed, counted, and told if something was out of
+        order, unless the name is among the `remarked`, which it joins."""
+        if not transform.refresh_due(state):
+            return transform.compress(grad, state)
+        moves, fallbacks = transform.refresh_counts(state)
+        started_sec = synchronized_sec(grad.device)
+        low = transform.compress(grad, state)
+        self.refresh_sec += synchronized_sec(grad.device) - started_sec
+        new_moves, new_fallbacks = transform.refresh_counts(state)
+        moved, fell_back = new_moves > moves, new_fallbacks > fallbacks
+        self.refreshes += moved
+        self.kept_bases += not moved
+        self.fallbacks += fell_back
+        remark = describe_refresh(name, moved, fell_back)
+        if remark is not None and name not in remarked:
+            remarked.add(name)
+            logger.warning(remark)
+        return low
+
+    def count_lost(self, lost: Tensor | None, param: Tensor) -> None:
+        """How many of a parameter's weights have lost their update to rounding; None: not counted."""
+        if lost is not None:
+            self.lost.append(lost)
+            self.counted_weights += param.numel()
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -34,7 +67,12 @@ class UpdateStats:
             "refresh_sec": self.refresh_sec,
             "skipped_tensors": len(self.skipped),
             "skipped_names": list(self.skipped),
+            "lost_updates_pct": self._lost_updates_pct(),
         }
+
+    def _lost_updates_pct(self) -> float | None:
+        """Of the weights counted; None where none were."""
+        return 100 * sum(torch.stack(self.lost).tolist()) / self.counted_weights if self.lost else None
 
 
 def synchronized_sec(device: torch.device) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.optim.activity import is_trainable, put_to_sleep
 from lowrank_train.optim.blocks import Blocks
 from lowrank_train.optim.groups import Group
@@ -53,6 +54,8 @@ def optimizer(
     grad_clip: float | None = None,
     clip_norm_of: Literal["full", "projected"] = "full",
     micro_batches: int = 1,
+    rounding: Rounding = "nearest",
+    count_lost_updates: bool = False,
     **options: Any,
 ) -> TransformOptimizer:
     """Any method as a plain torch optimizer; for every update set `lr` (and `weight_decay`) in its param_groups.
@@ -64,6 +67,8 @@ def optimizer(
     basis_source: supplies the basis, random matrix or indices in force from an update on, laid out as that code stores
         them: (R, N) on the right, (M, R) on the left, a pair for both; None from it: the method's own.
     when, grad_clip, clip_norm_of, micro_batches: as TransformOptimizer.
+    rounding: of bfloat16 weights as they are updated: nearest, stochastic or compensated, as RoundedWeights.
+    count_lost_updates: stats["lost_updates_pct"] of every update says how many of them rounding undid.
     options: the options of the published code by their names there. ValueError for one that the method does not have.
     """
     if method not in METHODS:
@@ -105,6 +110,8 @@ def optimizer(
             micro_batches=micro_batches,
             # random bases, the only ones of methods that accumulate on their own, need no whole gradient to move
             basis_under_accumulation="first_micro_batch" if recipe.micro_batches > 1 else "window",
+            rounding=rounding,
+            count_lost_updates=count_lost_updates,
         )
     except ValueError as error:
         raise library_words(error) from None

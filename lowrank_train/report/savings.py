@@ -25,10 +25,11 @@ class Saving:
 def saving(rows: Iterable[Assigned], element_bytes: int, plain: Iterable[tuple[int, ...]] | None = None) -> Saving:
     """What the state of `rows` takes, and what that of AdamW would take; `element_bytes`: of a number of its state.
 
+    What is kept to make up for the rounding of weights is left out: AdamW would keep as much.
     `plain`: the shapes that AdamW would train; None: those of `rows`.
     """
     rows = list(rows)
-    ours, full, eight_bit = sum(row.state_bytes for row in rows), 0, 0
+    ours, full, eight_bit = sum(row.state_bytes - row.residue_bytes for row in rows), 0, 0
     for shape in [row.shape for row in rows] if plain is None else plain:
         elements = math.prod(shape)
         full += 2 * element_bytes * elements

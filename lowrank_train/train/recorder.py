@@ -35,6 +35,7 @@ COLUMNS_AFTER_RATES = (
     "optim/refreshes",  # bases that moved
     "optim/kept_bases",  # bases that were due to move but stayed: the gradient was zero
     "optim/skipped_tensors",
+    "optim/lost_updates_pct",  # of bfloat16 weights; empty unless precision.count_lost_updates
     "events",  # what happened after the update: merges, re-decompositions, ...
     "val/loss",
     "val/perplexity",
@@ -175,6 +176,7 @@ class Recorder(L.Callback):
             "optim/refreshes": stats["refreshes"],
             "optim/kept_bases": stats["kept_bases"],
             "optim/skipped_tensors": stats["skipped_tensors"],
+            "optim/lost_updates_pct": blank_if_none(stats["lost_updates_pct"]),
             "events": "; ".join(module.events),
             "time/elapsed_sec": counters.elapsed_sec,
         }

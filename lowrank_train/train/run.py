@@ -148,6 +148,7 @@ def build_optimizer(config: RunConfig, strategy: Strategy, model: PreTrainedMode
         grad_clip=config.optim.grad_clip,
         clip_norm_of=config.optim.clip_norm_of,
         micro_batches=micro_batches_of(config.trainer),
+        count_lost_updates=config.precision.count_lost_updates,
     )
 
 

@@ -31,7 +31,7 @@ CHECKPOINTS = "checkpoints"
 FREE_KEYS = (
     "task", "run_name", "output_dir", "resume", "run", "out",
     "logger.", "generate.",
-    "data.num_workers", "data.log_documents",
+    "data.num_workers", "data.log_documents", "precision.count_lost_updates",
     "trainer.eval_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints", "trainer.log_every_steps",
     "trainer.threads", "trainer.accelerator",
 )  # fmt: skip

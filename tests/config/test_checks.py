@@ -71,6 +71,13 @@ REFUSED_AND_ALLOWED: list[tuple[str, str, str]] = [  # words refused; part of th
         "means weights in float32",
         "precision=bf16 precision.state=float32",
     ),
+    ("precision.rounding=stochastic", "choose precision=bf16_sr", "precision=bf16_sr"),
+    ("precision.rounding=compensated", "choose precision=bf16_kahan", "precision=bf16_kahan"),
+    (
+        "precision.count_lost_updates=true",
+        "counts among weights in bfloat16",
+        "precision=bf16 precision.count_lost_updates=true",
+    ),
     ("run=somewhere", "training takes no run=", "run_name=somewhere"),
     ("resume=nowhere", "must be auto, false, or a checkpoint or run folder that exists", "resume=false"),
     ("resume=yes", "must be auto, false", "resume=auto"),

@@ -174,7 +174,7 @@ def test_pieces_are_the_whole(rule: Transform, monkeypatch: pytest.MonkeyPatch) 
     """bfloat16 weights and moments, walked a few rows at a time, end up as in one piece, bit for bit."""
     results = []
     for size in (2**20, 24):
-        monkeypatch.setattr("lowrank_train.optim.direction.PIECE_ELEMENTS", {"cpu": size, "cuda": size})
+        monkeypatch.setattr("lowrank_train.kernels.pieces.PIECE_ELEMENTS", {"cpu": size, "cuda": size})
         param = torch.linspace(-1, 1, 70).reshape(10, 7).bfloat16()
         state: State = rule.init(param, slot(dtype=torch.bfloat16))
         for grad in gradients((10, 7)):

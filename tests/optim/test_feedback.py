@@ -48,7 +48,7 @@ def test_codes_are_within_a_step_of_the_error(
     shape: tuple[int, int], storage: Any, pieces: int, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each row, and for gradients of any size: half a step for the number, half for the place of 0."""
-    monkeypatch.setattr("lowrank_train.optim.direction.PIECE_ELEMENTS", {"cpu": pieces, "cuda": pieces})
+    monkeypatch.setattr("lowrank_train.kernels.pieces.PIECE_ELEMENTS", {"cpu": pieces, "cuda": pieces})
     whole = composed(storage=storage)
     state = begun(whole, shape)
     for grad in gradients(shape, size=size):

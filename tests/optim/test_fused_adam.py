@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lowrank_train.optim import direction
+from lowrank_train.kernels import pieces
 from lowrank_train.optim.moments import Adam
 from lowrank_train.optim.transform import Rates, Slot, Transform, tensor_of
 
@@ -38,7 +38,7 @@ def test_pieces_change_nothing(dtypes: tuple[torch.dtype, torch.dtype], monkeypa
     """Weights and moments of different widths: in pieces as in one."""
     weights = []
     for size in (2**20, 100):
-        monkeypatch.setitem(direction.PIECE_ELEMENTS, "cpu", size)
+        monkeypatch.setitem(pieces.PIECE_ELEMENTS, "cpu", size)
         generator = torch.Generator().manual_seed(0)
         param = torch.randn(33, 17, generator=generator).to(dtypes[0])
         adam = Adam()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lowrank_train.kernels.blockwise import dequantize_blockwise
+from lowrank_train.kernels.pieces import PIECE_ELEMENTS
 from lowrank_train.optim.adafactor import Adafactor
-from lowrank_train.optim.direction import PIECE_ELEMENTS
 from lowrank_train.optim.groups import Group
 from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.lift import Backproject

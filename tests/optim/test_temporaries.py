@@ -29,7 +29,7 @@ SHAPES = [(24, 12), (12, 24), (16, 16), (13, 7), (2, 3, 4), (11,)]  # tall, wide
 
 
 def in_pieces_of(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_train.optim.direction.PIECE_ELEMENTS", {"cpu": elements, "cuda": elements})
+    monkeypatch.setattr("lowrank_train.kernels.pieces.PIECE_ELEMENTS", {"cpu": elements, "cuda": elements})
 
 
 def begun(rule: Transform, param: Tensor) -> State:
