@@ -44,6 +44,13 @@ VERBS = (
         "what a strategy does with each tensor",
         "strategy=fira model=llama_60m",
     ),
+    Verb(
+        "plan",
+        "plan",
+        "lowrank_train.memory.plan:plan",
+        "what a run will hold, whether it fits, how long it takes",
+        "recipe=galore_7b_4090 card=4090",
+    ),
     Verb("export", "export", "lowrank_train.export:export", "write a Hugging Face folder", "run=runs/NAME out=FOLDER"),
     Verb(
         "evaluate",

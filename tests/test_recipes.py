@@ -13,9 +13,9 @@ from lowrank_train.config import RunConfig, compose, paths
 from lowrank_train.config.checks import micro_batches, world_size
 from lowrank_train.config.paths import group_choices, recipe_files, recipe_name
 from lowrank_train.config.recipes import FIELDS, read_head, table
+from lowrank_train.memory.counting import weights_bytes
 from lowrank_train.models import meta_model
 from lowrank_train.strategy import Strategy
-from lowrank_train.train.summary import weights_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECIPES = recipe_files()

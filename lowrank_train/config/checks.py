@@ -55,6 +55,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "trainer.devices": (1, True),
     "trainer.num_nodes": (1, True),
     "trainer.threads": (1, True),
+    "budget_gb": (0, False),
     "generate.max_new_tokens": (1, True),
     "generate.temperature": (0, True),
     "generate.top_p": (0, False),

@@ -153,13 +153,16 @@ class GenerateConfig:
 class RunConfig:
     """One invocation of the program."""
 
-    task: Literal["train", "explain", "export", "evaluate", "generate", "data_prepare"] = "train"
+    task: Literal["train", "explain", "plan", "export", "evaluate", "generate", "data_prepare"] = "train"
     run_name: str | None = None  # null: <model>-<strategy>-<data>
     output_dir: str = "runs"
     resume: str = "auto"  # auto | false | a checkpoint or run folder
     seed: int = 42
     run: str | None = None  # export, generate, evaluate: a run folder or a Hugging Face folder
     out: str | None = None  # export, data prepare: the folder to write
+    card: str | None = None  # plan: the card to judge, such as 4090; null: all that are known
+    budget_gb: float | None = None  # plan: in place of a card, what all of the process may take; GB are 10^9 bytes
+    format: Literal["table", "json"] = "table"  # plan
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

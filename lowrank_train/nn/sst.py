@@ -124,7 +124,7 @@ class SSTLinear(ReparamLinear):
         chosen = torch.zeros_like(self.order, dtype=torch.bool)
         chosen[drawn.to(chosen.device)] = True
         left, right = self.U, self.V
-        order = torch.cat([chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]])
+        order = torch.argsort((~chosen).byte(), stable=True)  # those that learn first, either ascending
         self._place_(left, right, order)
 
     @torch.no_grad()

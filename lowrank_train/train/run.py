@@ -24,6 +24,7 @@ from lowrank_train.data import (
     validation_batches,
 )
 from lowrank_train.evaluate.loading import DTYPES, pick_device
+from lowrank_train.memory.counting import weights_bytes
 from lowrank_train.models import build_model
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.report.banner import BatchArithmetic, assignment_lines, model_sentence
@@ -51,7 +52,7 @@ from lowrank_train.train.recorder import Recorder, metric_columns
 from lowrank_train.train.run_folder import CHECKPOINTS, METRICS_FILE, RESULT_FILE, RunFolder, prepare_run_folder
 from lowrank_train.train.run_state import Stopwatch, seed_everything
 from lowrank_train.train.saver import Saver
-from lowrank_train.train.summary import draw, summarize, weights_bytes
+from lowrank_train.train.summary import draw, summarize
 from lowrank_train.train.utilization import utilization
 
 

@@ -13,8 +13,8 @@ from lowrank_train.config.schema import RunConfig
 from lowrank_train.data import Tokenizer, unigram_perplexity
 from lowrank_train.evaluate.generate import sample
 from lowrank_train.evaluate.perplexity import Evaluation
+from lowrank_train.memory.counting import weights_bytes
 from lowrank_train.memory.devices import device_name
-from lowrank_train.nn.reparam import layers_of
 from lowrank_train.optim.activity import is_trainable
 from lowrank_train.report.plots import plot_loss
 from lowrank_train.report.result import hardware, library_versions, project_commit
@@ -91,9 +91,3 @@ def draw(folder: RunFolder, result: dict[str, Any]) -> None:
         title=f"{result['model']} · {result['strategy']} · {result['data']}",
         unigram_perplexity=result["unigram_perplexity"],
     )
-
-
-def weights_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters as they are stored, and of what else reparametrised layers keep, such as indices."""
-    buffers = (buffer for layer in layers_of(model).values() for buffer in layer.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *buffers))

@@ -7,22 +7,8 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from lowrank_train.memory.counting import flops_per_position
 from lowrank_train.memory.devices import device_name, peak_bf16_flops
-
-
-def flops_per_position(model: PreTrainedModel, seq_len: int) -> float:
-    """6 N + 12 L h T, the PaLM paper's count (arXiv 2204.02311, appendix B), forward and backward.
-
-    N counts every parameter that is multiplied with: all but the input embedding, which is looked up (a tied one is
-    the head's matrix and counts). L layers of width h attend over T positions. Recomputed activations are not counted.
-    """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    if head is None or head.weight is not embedding:
-        parameters -= embedding.numel()
-    config = model.config.get_text_config()
-    return 6.0 * parameters + 12.0 * config.num_hidden_layers * config.hidden_size * seq_len
 
 
 def utilization(

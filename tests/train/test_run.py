@@ -19,12 +19,12 @@ from lowrank_train.cli import main
 from lowrank_train.config import compose
 from lowrank_train.data import load_tokenizer, training_batches
 from lowrank_train.evaluate.perplexity import evaluate
+from lowrank_train.memory.counting import flops_per_position
 from lowrank_train.models import build_model, causal_loss
 from lowrank_train.optim.schedule import multiplier
 from lowrank_train.train.csv_file import read_rows
 from lowrank_train.train.machinery import out_of_memory_text
 from lowrank_train.train.recorder import metric_columns
-from lowrank_train.train.utilization import flops_per_position
 from tests.test_checkpoint import small_disk  # noqa: F401  (a fixture)
 from tests.train.conftest import assert_same_run, rows_of
 
