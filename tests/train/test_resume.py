@@ -87,7 +87,10 @@ def test_a_second_signal_ends_it_at_once(start: Start) -> None:
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    process.communicate(timeout=10)
+    try:
+        process.communicate(timeout=30)
+    finally:
+        process.kill()  # nothing once it has ended
     assert process.returncode in (-signal.SIGINT, 130)
 
 
