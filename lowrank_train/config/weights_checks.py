@@ -33,6 +33,12 @@ def weights_faults(config: RunConfig) -> Iterator[str]:
             f"trainer.batch_size={rows}: cannot be cut into equal parts for strategy.weights.heads={heads}; use a "
             f"multiple of {heads}, such as {(rows // heads + 1) * heads}"
         )
+    devices = config.trainer.devices * config.trainer.num_nodes
+    if config.task == "train" and strategy.weights.get("across_ranks") and devices > 1 and config.optim.grad_clip:
+        yield (
+            f"optim.grad_clip={config.optim.grad_clip:g}: with strategy.weights.across_ranks=true each device has "
+            "gradients of its own, whose norm would clip what all share differently on each; use optim.grad_clip=null"
+        )
     if strategy.merge is not None and config.task == "train":
         yield from _merge(config, strategy.merge)
 

@@ -114,6 +114,18 @@ class ReparamLinear(nn.Module, ABC):
         """The parameters that fold_() gave new values, whose moments belong to the old ones."""
         return ()
 
+    def place_(self, rank: int, ranks: int) -> None:
+        """Be the layer of this process among `ranks`, before anything is loaded or trained; nothing, for most."""
+
+    def rank_local(self) -> Sequence[str]:
+        """The parameters whose values differ from rank to rank: each learns from its own rank's gradient alone, and a
+        checkpoint holds those of all ranks, one after the other along the first dimension."""
+        return ()
+
+    def meet_ranks_(self) -> None:
+        """Called on all ranks at once before an evaluation: dense_weight() is then the same on each, and needs no other
+        rank until the next forward pass in training."""
+
     def take_form_(self, shapes: Mapping[str, torch.Size]) -> None:
         """Have the parameters and buffers of these names and shapes, as a checkpoint has them; their values follow."""
 

@@ -41,8 +41,11 @@ class EventRunner(L.Callback):
 def equalize(module: CausalLanguageModule) -> None:
     """Give every rank the first one's layers: a decomposition may differ in its last digits between devices.
 
-    Quiet events are left out: what happens at nearly every update treats numbers one by one, and is the same anywhere.
+    What is each rank's own stays so. Quiet events are left out: what happens at nearly every update treats numbers one
+    by one, and is the same anywhere.
     """
     for layer in layers_of(module.model).values():
-        for tensor in (*layer.parameters(), *layer.buffers()):
+        own = set(layer.rank_local())
+        shared = [param for name, param in layer.named_parameters() if name not in own]
+        for tensor in (*shared, *layer.buffers()):
             torch.distributed.broadcast(tensor.data, src=0)

@@ -19,6 +19,7 @@ from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.schedule import multiplier
 from lowrank_train.strategy import Strategy
 from lowrank_train.train.checkpoint_io import RUN_KEY
+from lowrank_train.train.rank_local import join_copies, take_own_copy, take_places
 from lowrank_train.train.run_state import Counters, random_state
 
 TrainingBatches = Callable[..., Any]
@@ -79,6 +80,10 @@ class CausalLanguageModule(L.LightningModule):
         self._saved_positions: list[dict[str, Any]] | None = None  # of every rank
         self._window: Window | None = None
         self._lr_used: dict[str, float] = {}
+
+    def setup(self, stage: str) -> None:
+        """The processes know each other by now, and no weights are loaded or sent around yet."""
+        take_places(self, self.global_rank, self.trainer.world_size)
 
     def train_dataloader(self) -> Any:
         batches = self._batches(
@@ -175,10 +180,12 @@ class CausalLanguageModule(L.LightningModule):
             "random": self.gather_over_ranks(random_state()),
             "counters": self.counters.as_saved(),
             "facts": self.facts,
+            "rank_local": join_copies(checkpoint, self, self.optimizer, self.gather_over_ranks),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint[RUN_KEY]
+        take_own_copy(checkpoint, saved.get("rank_local", []), self, self.global_rank, self.trainer.world_size)
         self._saved_positions = saved["positions"]
         self.counters = Counters.from_saved(saved["counters"])
         self.last_checkpoint_step = int(checkpoint["global_step"])

@@ -17,6 +17,7 @@ from lowrank_train.train.csv_file import CsvFile
 from lowrank_train.train.interrupts import Interrupts
 from lowrank_train.train.module import CausalLanguageModule, Update
 from lowrank_train.train.progress import ProgressDisplay
+from lowrank_train.train.rank_local import meet_ranks
 from lowrank_train.train.run_state import Stopwatch, restore_random_state
 
 ValidationBatches = Callable[..., Iterable[dict[str, Any]]]
@@ -206,6 +207,7 @@ class Recorder(L.Callback):
 
     def _evaluate(self, trainer: L.Trainer, module: CausalLanguageModule) -> Evaluation:
         alone = trainer.world_size == 1
+        meet_ranks(module.model)
         return evaluate(
             module.model,
             self._validation_rows,

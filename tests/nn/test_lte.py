@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_train.config import UserError, compose
-from lowrank_train.nn.parallel_heads import ParallelHeadsLinear
+from lowrank_train.nn.parallel_heads import FACTORS, ParallelHeadsLinear
 from tests.nn.methods import METHODS, Method, Toy, batch_of, train, weights
 from tests.nn.test_lora import SHAPES, linear_of
 
@@ -156,6 +156,88 @@ class Worker:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
+
+def on_two_ranks(shape: tuple[int, int], heads: int) -> tuple[ParallelHeadsLinear, list[ParallelHeadsLinear]]:
+    """One layer with the heads of both ranks, and the layer of each rank with its own, as after some updates."""
+    whole, ranks = built(shape, 2 * heads), []
+    for rank in range(2):
+        layer = ParallelHeadsLinear.from_linear(
+            linear_of(shape, bias=True), heads=heads, rank=3, alpha=6.0, across_ranks=True
+        )
+        assert isinstance(layer, ParallelHeadsLinear)
+        layer.place_(rank, 2)
+        with torch.no_grad():
+            for name in FACTORS:
+                layer.get_parameter(name).copy_(whole.get_parameter(name).chunk(2)[rank])
+        ranks.append(layer)
+    return whole, ranks
+
+
+def adding(monkeypatch: pytest.MonkeyPatch, share: Tensor) -> list[Tensor]:
+    """A group of two ranks, the other of which adds `share` to every sum; what this one has sent."""
+    sent: list[Tensor] = []
+
+    def all_reduce(tensor: Tensor) -> None:
+        sent.append(tensor.clone())
+        tensor += share
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return sent
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_heads_on_two_ranks_are_the_heads_of_one_layer(
+    shape: tuple[int, int], heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training (each rank its rows), in evaluation and after a merge; 1e-12 as above."""
+    whole, ranks = on_two_ranks(shape, heads)
+    mean = whole.weight + torch.stack(differences(whole)).mean(0)
+    x = torch.randn(4, 5, shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    trained = whole(x).chunk(2)
+    shares = [torch.stack(differences(layer)).mean(0).detach() / 2 for layer in reversed(ranks)]
+    for layer, share, part, expected in zip(ranks, shares, x.chunk(2), trained, strict=True):
+        sent = adding(monkeypatch, share)
+        torch.testing.assert_close(layer(part), expected, atol=1e-12, rtol=0)
+        assert not sent
+        layer.meet_ranks_()
+        for _ in range(2):  # ranks may have different numbers of batches: nothing more is sent
+            torch.testing.assert_close(layer.eval()(x), F.linear(x, mean, layer.bias), atol=1e-12, rtol=0)
+        assert len(sent) == 1
+        layer.train()(part)
+        with torch.no_grad():
+            layer.lora_B.add_(1.0)  # as an update: what the ranks have found before is void
+        assert layer.dense_weight().sub(mean).abs().max() > 1e-3 and len(sent) == 2
+        with torch.no_grad():
+            layer.lora_B.sub_(1.0)
+        layer.meet_ranks_()
+        layer.fold_(1)
+    for layer in ranks:
+        torch.testing.assert_close(layer.weight, mean, atol=1e-12, rtol=0)
+        assert torch.equal(layer.merged_A, layer.lora_A) and torch.equal(layer.merged_B, layer.lora_B)
+
+
+def test_ranks_begin_with_the_heads_of_one_layer_and_one_process_loads_them_all() -> None:
+    whole = ParallelHeadsLinear.from_linear(linear_of((20, 12)), heads=4, rank=3)
+    ranks = [ParallelHeadsLinear.from_linear(linear_of((20, 12)), heads=2, rank=3, across_ranks=True) for _ in range(2)]
+    for rank, layer in enumerate(ranks):
+        layer.place_(rank, 2)
+        assert torch.equal(layer.get_parameter("lora_A"), whole.get_parameter("lora_A").chunk(2)[rank])
+        assert list(layer.rank_local()) == list(FACTORS)
+    whole, _ = on_two_ranks((20, 12), 2)
+    alone = ParallelHeadsLinear.from_linear(
+        linear_of((20, 12), bias=True), heads=2, rank=3, alpha=6.0, across_ranks=True
+    )
+    alone.place_(0, 1)
+    assert not alone.rank_local()
+    alone.load_state_dict(whole.state_dict())
+    assert torch.equal(alone.dense_weight(), whole.dense_weight())
+    fixed = ParallelHeadsLinear.from_linear(linear_of((20, 12), bias=True), heads=2, rank=3)
+    fixed.place_(1, 2)
+    assert not fixed.rank_local()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fixed.load_state_dict(whole.state_dict())
 
 
 def test_a_batch_that_cannot_be_cut_is_refused_before_the_run_and_in_it() -> None:
