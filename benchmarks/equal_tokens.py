@@ -3,11 +3,11 @@
     .venv/bin/python -m benchmarks.equal_tokens
 
 The default model on the bundled plays. For each strategy learning rates are tried for `--tuning-steps` updates until
-the best of them, by validation loss, has neighbours that are worse; the two best then train for `--steps`, and the
-better one counts. Every run begins with the same seed, so that all see the same rows in the same order. Ranks are
-equal, and so are the schedule (ReLoRA's has its restarts), the warm-up and the clipping. Runs are ordinary runs of
-the program, and those already complete in `--folder` are not repeated, but the short ones at the end that tokens/s
-come from.
+the best of them, by validation loss, has neighbours that are worse; the two best then train for `--steps`, and so
+does the next of the grid while the best of those is at its end. Every run begins with the same seed, so that all see
+the same rows in the same order. Ranks are equal, and so are the schedule (ReLoRA's has its restarts), the warm-up and
+the clipping. Runs are ordinary runs of the program, and those already complete in `--folder` are not repeated, but
+the short ones at the end that tokens/s come from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +71,27 @@ def result_of(name: str, strategy: str, lr: float, steps: int, folder: Path, thr
     return found
 
 
-def tune(strategy: str, arguments: argparse.Namespace) -> dict[float, float]:
-    """Learning rate -> validation loss; where the best one is the first or last tried, the grid is continued there."""
-    tried: dict[float, float] = {}
-    waiting = list(LEARNING_RATES)
+def until_neighbours_are_worse(
+    strategy: str, label: str, steps: int, first: Iterable[float], arguments: argparse.Namespace
+) -> dict[float, dict[str, Any]]:
+    """Learning rate -> result; while the best one is the lowest or highest tried, the grid is continued there."""
+    results: dict[float, dict[str, Any]] = {}
+    waiting = list(first)
     while waiting:
         for lr in waiting:
-            name = f"{strategy}-tune-{lr:g}"
-            result = result_of(name, strategy, lr, arguments.tuning_steps, arguments.folder, arguments.threads)
-            tried[lr] = result["val_loss"]
-        best, ordered = min(tried, key=lambda lr: tried[lr]), sorted(tried)
+            name = f"{strategy}{label}-{lr:g}"
+            results[lr] = result_of(name, strategy, lr, steps, arguments.folder, arguments.threads)
+        best, ordered = min(results, key=lambda lr: float(results[lr]["val_loss"])), sorted(results)
         waiting = [NEIGHBOURS[best][0]] if best == ordered[0] else [NEIGHBOURS[best][1]] if best == ordered[-1] else []
-    return tried
+    return results
 
 
 def measure(strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Tune, train, and one row of the table."""
-    tried = tune(strategy, arguments)
-    results = {
-        lr: result_of(f"{strategy}-{lr:g}", strategy, lr, arguments.steps, arguments.folder, arguments.threads)
-        for lr in sorted(tried, key=lambda lr: tried[lr])[:2]
-    }
+    tuned = until_neighbours_are_worse(strategy, "-tune", arguments.tuning_steps, LEARNING_RATES, arguments)
+    tried = {lr: float(result["val_loss"]) for lr, result in tuned.items()}
+    two_best = sorted(tried, key=lambda lr: tried[lr])[:2]
+    results = until_neighbours_are_worse(strategy, "", arguments.steps, two_best, arguments)
     best = min(results, key=lambda lr: float(results[lr]["val_loss"]))
     result = results[best]
     return {

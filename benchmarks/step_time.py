@@ -2,6 +2,8 @@
 
     .venv/bin/python -m benchmarks.step_time            (benchmarks/rivals.py says what to install)
 
+Rows of methods that are not asked for stay in the results.
+
 The sides get copies of the same gradients and take turns; medians count. `refresh` is a step that moves every basis.
 `products` times nothing but the matrix products that the method's algebra cannot do without, on the projected matrices.
 `extra` is the peak of a step less what is there before it. Gradients are random: values do not change the time.
@@ -24,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.rivals import LR, RIVALS, Params
-from benchmarks.rows import interleaved_median_sec, peak_extra_bytes, write_rows
+from benchmarks.rows import earlier_rows, interleaved_median_sec, peak_extra_bytes, write_rows
 from lowrank_train import optimizer
 
 SIZES = {"llama_60m": (512, 1376, 128), "llama_350m": (1024, 2736, 256)}  # hidden, intermediate, GaLore's rank
@@ -222,6 +224,10 @@ def main() -> None:
             table.add_row(*(str(rows[-1].get(key) or "") for key in COLUMNS))
             print(rows[-1], flush=True)
     Console(width=150).print(table)
+    measured = {(row["model"], row["method"]) for row in rows}
+    kept = [row for row in earlier_rows("step_time") if (row["model"], row["method"]) not in measured]
+    order = list(METHODS)
+    rows = sorted(kept + rows, key=lambda row: (list(SIZES).index(row["model"]), order.index(row["method"])))
     print("written to", write_rows("step_time", rows))
 
 

@@ -14,7 +14,7 @@ TOKEN_BLOCK = 256  # rows of x at a time in the factored order: their transposes
 # entry of S in its three products together, of a row or column in the transposes of x, y and their gradients, and how
 # much longer one takes in the thin products.
 ADDS_OF_ENTRY = 22
-ADDS_OF_TRANSPOSE = 200
+ADDS_OF_TRANSPOSE = 350
 THIN = 1.15
 HAS_SPARSE_PRODUCTS = torch.backends.mkl.is_available()  # on the CPU torch has them from MKL alone
 
