@@ -5,7 +5,9 @@
 Rows of methods that are not asked for stay in the results.
 
 The sides get copies of the same gradients and take turns; medians count. `refresh` is a step that moves every basis.
-`products` times nothing but the matrix products that the method's algebra cannot do without, on the projected matrices.
+`products` times nothing but the matrix products that the method's algebra cannot do without, on the projected matrices:
+PRODUCTS has their operands. What walks a matrix number by number (the norms of a gradient's lines, a sign, the scaled
+gradient itself) is not among them, nor is a decomposition, so that 1.0 is out of reach where a method needs these.
 `extra` is the peak of a step less what is there before it. Gradients are random: values do not change the time.
 """
 
@@ -34,30 +36,49 @@ VOCABULARY = 32000
 NEVER = 1_000_000  # updates between two moves of a basis, where none is wanted
 
 
+PRODUCTS = {
+    "down": "MN NR",  # the gradient, projected
+    "up": "MR RN",  # added to a matrix; what can be added up before the product counts once
+    "back": "NM MR",  # the gradient with its projection: a step of power iteration, a slope of the basis
+    "gram": "RN NR",  # of two bases
+    "low_gram": "RM MR",  # of two small matrices
+    "turn_basis": "NR RR",
+    "turn_low": "MR RR",
+    "history": "HL L1",  # 20 earlier small gradients, L = M R numbers each, with one
+    "of_history": "1H HL",
+}
+"""The two factors of a product: M >= N, the sides of a matrix, R its rank, the basis (N, R)."""
+HISTORY = 20  # Natural GaLore's
+
+
 @dataclass(frozen=True)
 class Measured:
-    """How a method is called, and the products with a (M, N) x (N, R) factor that each update needs."""
+    """How a method is called, and the products that each update needs."""
 
     method: str
     every: str | None = None  # the option that says how often the basis moves; None: it does at every update, or never
     options: tuple[tuple[str, Any], ...] = ()
-    products: int = 2  # down and up; what can be added up before the product counts once
+    products: tuple[str, ...] = ("down", "up")
 
 
+ONLINE = ("down", "back", "gram", "gram", "turn_basis", "turn_basis", "up")
+LDADAM = ("up", "down", "low_gram", "turn_basis", "back", "gram", "down", "gram", "turn_low", "turn_low", "up", "up")
 METHODS = {
-    "adamw": Measured("adamw", products=0),
+    "adamw": Measured("adamw", products=()),
     "galore": Measured("galore", "update_proj_gap"),
     "galore_adafactor": Measured("galore_adafactor", "update_proj_gap"),
     "fira": Measured("fira", "update_proj_gap"),
-    "apollo": Measured("apollo", "update_proj_gap", products=1),
-    "apollo_mini": Measured("apollo", "update_proj_gap", (("rank", 1), ("scale_type", "tensor"), ("scale", 128.0)), 1),
-    "frugal": Measured("frugal", "update_gap", (("density", 0.25),), products=3),
-    "frugal_coord": Measured("frugal_coord", "update_gap", (("density", 0.25),), products=0),
-    "online_subspace": Measured("online_subspace", None, products=3),
-    "ldadam": Measured("ldadam", None, products=6),
+    "apollo": Measured("apollo", "update_proj_gap", products=("down",)),
+    "apollo_mini": Measured(
+        "apollo", "update_proj_gap", (("rank", 1), ("scale_type", "tensor"), ("scale", 128.0)), ("down",)
+    ),
+    "frugal": Measured("frugal", "update_gap", (("density", 0.25),), ("down", "up", "up")),
+    "frugal_coord": Measured("frugal_coord", "update_gap", (("density", 0.25),), ()),
+    "online_subspace": Measured("online_subspace", products=ONLINE),
+    "ldadam": Measured("ldadam", products=LDADAM),
     "dct_adamw": Measured("dct_adamw", "update_proj_gap"),
-    "flora": Measured("flora", None),
-    "natural_galore": Measured("natural_galore", "update_proj_gap"),
+    "flora": Measured("flora", products=("down", "gram", "turn_low", "up")),
+    "natural_galore": Measured("natural_galore", "update_proj_gap", products=("down", "history", "of_history", "up")),
 }
 
 
@@ -102,21 +123,23 @@ class Side:
             self.optimizer.step()
 
 
-def products_alone(projected: Params, rank: int, count: int) -> Callable[[], None]:
-    """`count` products of every projected matrix with a basis, into memory that is there already."""
+def products_alone(projected: Params, rank: int, products: tuple[str, ...]) -> Callable[[], None]:
+    """The products of every projected matrix, into memory that is there already."""
     work = []
     for param in projected.values():
-        weight = param.detach().clone() if param.shape[0] >= param.shape[1] else param.detach().T.clone()
-        basis = torch.randn(weight.shape[1], rank)
-        work.append((weight, torch.randn_like(weight), basis, weight.mm(basis)))
+        rows, columns = max(param.shape), min(param.shape)
+        sizes = {"M": rows, "N": columns, "R": rank, "H": HISTORY, "L": rows * rank, "1": 1}
+        for product in products:
+            factors = [torch.randn(sizes[first], sizes[second]) for first, second in PRODUCTS[product].split()]
+            into = torch.zeros(len(factors[0]), factors[1].shape[1])
+            work.append((product == "up", into, factors[0], factors[1]))
 
     def run() -> None:
-        for weight, gradient, basis, low in work:
-            for index in range(count):
-                if index % 2:
-                    weight.addmm_(low, basis.T, alpha=-LR)
-                else:
-                    torch.mm(gradient, basis, out=low)
+        for adds, into, first, second in work:
+            if adds:
+                into.addmm_(first, second, alpha=-LR)
+            else:
+                torch.mm(first, second, out=into)
 
     return run
 

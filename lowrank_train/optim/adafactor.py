@@ -98,11 +98,11 @@ def mean_squares(gradient: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Means of g^2 + eps over the columns (..., M) and over the rows (..., N), a few rows at a time."""
     of_rows, of_columns = [], []
     for rows in row_runs(gradient):
-        squares = wide(gradient[rows]).square().add_(eps)
+        squares = wide(gradient[rows]).square()
         of_rows.append(squares.mean(-1))
         of_columns.append(squares.sum(-2))
     column_sums = torch.cat(of_columns) if gradient.ndim > 2 else torch.stack(of_columns).sum(0)
-    return torch.cat(of_rows), column_sums / gradient.shape[-2]
+    return torch.cat(of_rows).add_(eps), (column_sums / gradient.shape[-2]).add_(eps)
 
 
 def sum_of_squares(update: Factored) -> Tensor:

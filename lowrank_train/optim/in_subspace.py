@@ -76,6 +76,8 @@ class InSubspace(Transform):
         if self.feedback is not None and error is not None:
             self.feedback.after_move(error, low, state, self.subspace)
         return low
+        if due:
+            self.subspace.observe(grad, low, state)
 
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None

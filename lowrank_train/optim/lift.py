@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowrank_train.kernels.norms import norms_along
 from lowrank_train.optim.direction import Dense, Direction, LineScaled, Sum, wide
 from lowrank_train.optim.subspace.base import Subspace
 from lowrank_train.optim.transform import Slot, State, tensor_of
@@ -131,26 +132,31 @@ class ScaledResidual(Lift):
         param: Tensor,
     ) -> Direction:
         assert grad is not None
+        inside, line = self.joined(low_update.raw(), low_grad, grad, subspace, state, param)
+        back = subspace.up(inside.to(low_grad.dtype), state, param.shape)
+        return Sum(back, LineScaled(grad, line.to(grad.dtype)), factor=low_update.factor)
+
+    def joined(
+        self, low_update: Tensor, low_grad: Tensor, grad: Tensor, subspace: Subspace, state: State, param: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is projected back, of the compressed shape, and the factor of each line of the gradient beside it."""
         axis = line_axis(subspace, state, param)
-        raw = wide(low_update.raw())
-        low = wide(low_grad)
-        phi = torch.linalg.vector_norm(raw, dim=axis, keepdim=True)
-        low_norm = torch.linalg.vector_norm(low, dim=axis, keepdim=True)
+        raw, low = wide(low_update), wide(low_grad)
+        phi = norms_along(raw, axis, keepdim=True)
+        low_norm = norms_along(low, axis, keepdim=True)
         phi = phi / (low_norm + EPS)
         overlap = self.scale if self.form == "code" else 1.0
         if subspace.orthonormal and self.residual_norm == "lines":
-            grad_norm = torch.linalg.vector_norm(grad, dim=axis, keepdim=True, dtype=phi.dtype)
-            lines = grad_norm.square() - (2 * overlap - overlap**2) * low_norm.square()
-            squared = (phi.square() * lines.clamp_min(0)).sum()
+            grad_norm = norms_along(grad, axis, keepdim=True)
+            lines = torch.addcmul(grad_norm.square(), low_norm, low_norm, value=overlap**2 - 2 * overlap).clamp_min_(0)
+            squared = lines.mul_(phi).mul_(phi).sum()
         else:
             residual = subspace.subtract_(grad.clone(), low_grad, state, overlap)
             squared = (wide(residual) * phi).square().sum()
         limit = limiter(state, squared.sqrt())
         scaled_phi = phi / limit * (1.0 if self.form == "code" else self.scale)
-        inside = self.scale * raw - overlap * scaled_phi * low  # a line's factor commutes with the back-projection
-        back = subspace.up(inside.to(low_grad.dtype), state, param.shape)
-        outside = LineScaled(grad, scaled_phi.to(grad.dtype))
-        return Sum(back, outside, factor=low_update.factor)
+        inside = (self.scale * raw).addcmul_(low, scaled_phi, value=-overlap)  # a line's factor commutes with up
+        return inside, scaled_phi
 
 
 @dataclass
@@ -183,14 +189,14 @@ class ScaledGradient(Lift):
     ) -> Direction:
         assert grad is not None
         axis = line_axis(subspace, state, param)
-        dims = axis if self.per == "channel" else (0, 1)
+        dim = axis if self.per == "channel" else None
         raw, low = wide(low_update.raw()), wide(low_grad)
-        phi = torch.linalg.vector_norm(raw, dim=dims, keepdim=True)
-        phi = phi / (torch.linalg.vector_norm(low, dim=dims, keepdim=True) + EPS)
+        phi = norms_along(raw, dim, keepdim=True)
+        phi = phi / (norms_along(low, dim, keepdim=True) + EPS)
         root = math.sqrt(self.scale)
         if self.limited:
-            lines = torch.linalg.vector_norm(grad, dim=dims, keepdim=True, dtype=phi.dtype) * phi
-            phi = phi / limiter(state, lines.square().sum().sqrt() * (root if self.scale_first else 1.0))
+            total = torch.linalg.vector_norm(norms_along(grad, dim, keepdim=True) * phi)
+            phi = phi / limiter(state, total * (root if self.scale_first else 1.0))
         return LineScaled(grad, phi.to(grad.dtype), factor=low_update.factor * root)
 
 
@@ -214,7 +220,7 @@ def limiter(state: State, norm: Tensor) -> Tensor:
     recover.
     """
     last = tensor_of(state, "limited_norm")
-    limit = torch.where(last > 0, (norm / (last + EPS)).clamp_min(GROWTH) / GROWTH, torch.ones_like(norm))
+    limit = torch.where(last > 0, (norm / (last + EPS) / GROWTH).clamp_min(1.0), 1.0)
     last.copy_(torch.where(norm > 0, norm / limit, last))
     return limit
 

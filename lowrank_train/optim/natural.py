@@ -27,18 +27,19 @@ class NaturalAdam(Adam):
 
     def init(self, param: Tensor, slot: Slot) -> State:
         past = torch.zeros(self.history, param.numel(), dtype=slot.dtype, device=param.device)
-        return super().init(param, slot) | {"history": past}
+        gram = torch.zeros(self.history, self.history, dtype=torch.float64, device=param.device)
+        return super().init(param, slot) | {"history": past, "history_gram": gram}
 
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
     ) -> Direction:
-        past, seen = tensor_of(state, "history"), counter(state, "step")
-        vector = wide(compressed).flatten()
-        past[seen % self.history].copy_(vector)
-        rows = wide(past[: min(seen + 1, self.history)])
-        values, vectors = torch.linalg.eigh((rows @ rows.T).double())  # of a Gram matrix: below 0 is rounding
-        newest = vectors[seen % self.history]
-        natural = rows.T @ (vectors @ (newest / (values.clamp_min(0) + self.damping))).to(rows.dtype)
+        past, gram, seen = tensor_of(state, "history"), tensor_of(state, "history_gram"), counter(state, "step")
+        slot, filled = seen % self.history, min(seen + 1, self.history)
+        past[slot].copy_(compressed.flatten())
+        rows = wide(past[:filled])
+        gram[slot, :filled] = gram[:filled, slot] = (rows @ rows[slot]).double()  # the rest of H^T H stays what it was
+        values, vectors = torch.linalg.eigh(gram[:filled, :filled])  # below 0 is rounding
+        natural = rows.T @ (vectors @ (vectors[slot] / (values.clamp_min(0) + self.damping))).to(rows.dtype)
         return super().update(natural.view_as(compressed), state, param, rates, grad)
 
     def rotate(self, state: State, change: Change) -> None:
@@ -46,3 +47,4 @@ class NaturalAdam(Adam):
         past, shape = tensor_of(state, "history"), tensor_of(state, "exp_avg").shape
         for row in past:
             row.copy_(change(row.view(shape)).flatten())
+        tensor_of(state, "history_gram").copy_(wide(past) @ wide(past).T)

@@ -192,6 +192,9 @@ class Subspace(ABC):
     @abstractmethod
     def subtract_(self, full: Tensor, low: Tensor, state: State, by: float = 1.0) -> Tensor:
         """full -= by * up(low) in place; returns `full`."""
+    def observe(self, grad: Tensor, low: Tensor, state: State) -> None:  # noqa: B027 nothing, for most
+        """Learn from a gradient and its projection, where the basis was due to move."""
+
 
     def snapshot(self, state: State) -> Tensor:
         """What `change` needs to know of the basis before it moves."""

@@ -67,23 +67,20 @@ class Online(Svd):
             self.take(given, state, grad.shape)
         elif counter(state, "refreshes") == 0:
             return self.move(grad, state)
-        if counter(state, "refreshes") > 0:
-            return self._learn(grad, state)
-        return True
+        return bool(torch.linalg.vector_norm(grad) != 0)
 
-    def _learn(self, grad: Tensor, state: State) -> bool:
+    def observe(self, grad: Tensor, low: Tensor, state: State) -> None:
+        """Take the slope of l in the basis in force, from the second update on."""
+        if counter(state, "refreshes") < 2:
+            return
         (key,) = self._keys(state)
-        norm = torch.linalg.vector_norm(wide(grad))
-        if norm == 0:
-            tensor_of(state, "basis_grad").zero_()
-            return False
-        operand = wide(grad) if key == "basis_right" else wide(grad).T  # rows are the lines that are kept
-        basis = wide(tensor_of(state, key))
-        low = operand @ basis / norm  # g is never formed: only small products are divided
-        covariance = operand.T @ low / norm
-        slope = -4 * covariance + 2 * (covariance @ (basis.T @ basis) + basis @ (low.T @ low))
-        tensor_of(state, "basis_grad").copy_(slope)
-        return True
+        rows, low = (wide(grad), wide(low)) if key == "basis_right" else (wide(grad).T, wide(low).T)
+        norm = torch.linalg.vector_norm(rows).clamp_min(torch.finfo(rows.dtype).tiny)
+        basis, low = wide(tensor_of(state, key)), low / norm  # g is never formed: only small products are divided
+        covariance = rows.T @ low / norm  # C B
+        weight = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device).mul_(-4)
+        slope = covariance @ weight.addmm_(basis.T, basis, alpha=2)
+        tensor_of(state, "basis_grad").copy_(slope.addmm_(basis, basis.T @ covariance, alpha=2))
 
     def settle(self, state: State, rates: Rates) -> None:
         if counter(state, "refreshes") < 2:  # the first basis serves two updates

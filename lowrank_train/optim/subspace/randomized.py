@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_train.kernels.norms import norms_along
 from lowrank_train.optim.subspace.base import gaussian
 from lowrank_train.optim.subspace.dense import DenseBasis
 from lowrank_train.optim.transform import State, counter, tensor_of
@@ -47,7 +48,7 @@ def orthonormalize(matrix: Tensor) -> Tensor:
     succeeds.
     """
     columns = matrix.double()
-    columns = columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    columns = columns / norms_along(columns, 0).clamp_min(torch.finfo(torch.float64).tiny)
     for last in (False, True):
         gram = columns.T @ columns
         if last:
