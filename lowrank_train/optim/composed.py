@@ -37,6 +37,9 @@ def _rule_of_a_tensor(config: StrategyConfig) -> Transform | None:
     subspace, lift = instantiate(config.subspace), instantiate(config.lift)
     feedback = None if config.feedback is None else instantiate(config.feedback)
     assert isinstance(subspace, Subspace) and isinstance(lift, Lift)
+    storage = _storage_of(config)
+    if storage is not None and storage.basis is not None:
+        subspace.store_basis_as(storage.basis)
     if config.refresh is not None:
         subspace.be_lazy(instantiate(config.refresh))
     return InSubspace(subspace, inner, lift, config.on_refresh, feedback)
@@ -45,8 +48,20 @@ def _rule_of_a_tensor(config: StrategyConfig) -> Transform | None:
 def stored(rule: Transform, config: StrategyConfig, of_rest: bool = False) -> Transform:
     """The rule with its state in the strategy's storage, where that is chosen and meant for it."""
     assert isinstance(rule, Transform)
-    if config.storage is None:
+    storage = _storage_of(config)
+    if storage is None or (of_rest and not storage.rest):
         return rule
+    return Stored(rule, storage)
+
+
+def _storage_of(config: StrategyConfig) -> Storage | None:
+    if config.storage is None:
+        return None
     storage = instantiate(config.storage)
     assert isinstance(storage, Storage)
-    return Stored(rule, storage) if storage.rest or not of_rest else rule
+    if storage.basis is not None and config.subspace is None:
+        raise ValueError(
+            f"strategy.storage.basis={storage.basis}: strategy {config.name} has no subspace, whose basis it could be; "
+            "use strategy.storage.basis=null, or a strategy with a subspace"
+        )
+    return storage

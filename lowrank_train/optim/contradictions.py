@@ -120,8 +120,8 @@ def _refuse_missing_state(subspace: Subspace, inner: Transform, needed: frozense
     if missing:
         raise ValueError(
             f"strategy.subspace: {_name(subspace)} moves by the first moment of the inner rule, and {_name(inner)} "
-            f"keeps no {' or '.join(sorted(missing))} that it could read; use strategy/inner=adamw with state that is "
-            "not stored in codes, or another subspace"
+            f"keeps no {' or '.join(sorted(missing))} that it could read; use strategy/inner=adamw, with "
+            "strategy.storage.first=fp32 where there is a storage, or another subspace"
         )
     if on_refresh == "reset":
         raise ValueError(
@@ -134,7 +134,7 @@ def _refuse_feedback_of_codes(inner: Transform) -> None:
     if "exp_avg" not in inner.init(torch.empty(PROBE_SHAPE, device="meta"), PROBE_SLOT):
         raise ValueError(
             f"strategy.feedback.momentum: feeds back what a rotation takes from the first moment, and {_name(inner)} "
-            "keeps none that it could read; set it to 0, or leave strategy.storage out"
+            "keeps none that it could read; set it to 0, or strategy.storage.first=fp32, which leaves codes to all else"
         )
 
 

@@ -1,6 +1,8 @@
-"""Blockwise 8-bit codes: the code book, nearest values, error bounds, and agreement with bitsandbytes."""
+"""Blockwise 8- and 4-bit codes: the code book, nearest values, error bounds, and agreement with bitsandbytes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,50 @@ def test_every_number_gets_the_nearest_value(signed: bool, shape: tuple[int, ...
         possible = book * scale.double()
         nearest = (part.double()[:, None] - possible).abs().amin(1)
         torch.testing.assert_close((part.double() - got.double()).abs(), nearest, rtol=1e-4, atol=1e-7 * float(scale))
+
+
+BOOKS = [(8, "linear"), (4, "dynamic"), (4, "linear")]
+
+
+def test_code_books_in_numbers() -> None:
+    """Those of 4-bit AdamW, arXiv 2309.01507, figure 3 and section 4.1, and evenly spread ones of 256 values."""
+    positive = [0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875]
+    book = code_book(True, CPU, 4)
+    torch.testing.assert_close(book, torch.tensor([*(-x for x in positive[::-1]), 0.0, *positive, 1.0]))
+    assert torch.equal(code_book(False, CPU, 4, "linear"), torch.arange(1, 17) / 16)
+    assert torch.equal(code_book(False, CPU, 8, "linear"), torch.arange(1, 257) / 256)
+    assert torch.equal(code_book(True, CPU, 8, "linear"), torch.arange(-127, 129) / 128)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1,), (3, 43)])
+@pytest.mark.parametrize(("bits", "spacing"), BOOKS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_book_gives_the_nearest_value(signed: bool, bits: int, spacing: Any, shape: tuple[int, ...]) -> None:
+    """Found by trying all values in float64; 4-bit codes come two to a byte, the even ones in the low half."""
+    values, block, kind = numbers(shape, signed), 64, {"signed": signed, "bits": bits, "spacing": spacing}
+    codes, largest = quantize_blockwise(values, block=block, **kind)
+    numel = values.numel()
+    assert codes.numel() == (numel if bits == 8 else (numel + 1) // 2) and len(largest) == -(-numel // block)
+    decoded = dequantize_blockwise(codes, largest, block=block, shape=shape, **kind)
+    book = code_book(signed, CPU, bits, spacing)
+    for number, part in enumerate(values.flatten().split(block)):
+        possible = (book * largest[number]).double()
+        nearest = (part.double()[:, None] - possible).abs()
+        got = decoded.flatten()[number * block : (number + 1) * block]
+        torch.testing.assert_close((part.double() - got.double()).abs(), nearest.amin(1), rtol=1e-4, atol=1e-9)
+    if bits == 4:
+        chosen = torch.stack((codes & 15, codes >> 4), 1).flatten()[:numel].long()
+        assert torch.equal(book[chosen] * largest.repeat_interleave(block)[:numel], decoded.flatten())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linear_squares_never_become_zero_unless_all_are(bits: int) -> None:
+    values = torch.tensor([1.0, 1e-9, 0.0, 0.0])
+    kind = {"signed": False, "bits": bits, "spacing": "linear", "keep_nonzero": True, "block": 4}
+    codes, largest = quantize_blockwise(torch.cat((values, torch.zeros(4))), **kind)  # type: ignore[arg-type]
+    del kind["keep_nonzero"]
+    decoded = dequantize_blockwise(codes, largest, shape=(8,), **kind)  # type: ignore[arg-type]
+    assert decoded.tolist() == [1.0, *[2.0**-bits] * 3, *[0.0] * 4]
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -1,6 +1,8 @@
-"""Kernels of the blockwise 8-bit codes and of the 8-bit Adam step, against their references in plain torch."""
+"""Kernels of the blockwise 8- and 4-bit codes and of the 8-bit Adam step, against their references in plain torch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +38,23 @@ def test_codes_are_the_references(shape: tuple[int, ...], dtype: torch.dtype, si
     assert_equal(
         dequantize_blockwise(codes, largest, signed=signed), dequantize_blockwise_reference(*expected, signed=signed)
     )
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1025), (1,)], ids=str)  # odd numbers of codes, two to a byte
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "spacing"), [(8, "linear"), (4, "dynamic"), (4, "linear")])
+@pytest.mark.parametrize("signed", [True, False])
+def test_other_code_books(shape: tuple[int, ...], dtype: torch.dtype, bits: int, spacing: Any, signed: bool) -> None:
+    """Bit for bit, the half byte behind the last number included."""
+    values = numbers(*shape, dtype=dtype, decades=3)
+    values.view(-1)[::7] = 0
+    values, book = values if signed else values.abs(), {"signed": signed, "bits": bits, "spacing": spacing}
+    codes, largest = quantize_blockwise(there(values), block=128, **book)
+    expected = quantize_blockwise_reference(values, block=128, **book)
+    assert_equal(codes, expected[0])
+    assert_equal(largest, expected[1])
+    decoded = dequantize_blockwise(codes, largest, block=128, shape=shape, **book)
+    assert_equal(decoded, dequantize_blockwise_reference(*expected, block=128, shape=shape, **book))
 
 
 @pytest.mark.parametrize("block", [16, 128, 2048])

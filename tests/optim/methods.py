@@ -18,6 +18,8 @@ BACKPROJECT = {"_target_": "lowrank_train.optim.lift.Backproject", "scale": 0.25
 
 EIGHT_BIT = {"_target_": "lowrank_train.optim.stored.Storage", "min_elements": 16, "block": 32}
 FOUR_BIT = {"storage": "int4", "storage_group": 32}
+MOMENTS_IN_FOUR = EIGHT_BIT | {"first": "q4", "second": "q4", "block_q4": 16}
+MIXED = EIGHT_BIT | {"first": "q4", "second": "q8_linear", "basis": "q8", "block_q4": 32}
 LAZY = {"_target_": "lowrank_train.optim.subspace.lazy.Lazy", "threshold": 0.1, "window": 2}
 
 
@@ -101,6 +103,9 @@ METHODS = [
     Method("galore-8bit", in_subspace(storage=EIGHT_BIT)),
     Method("galore-8bit-reset", in_subspace(storage=EIGHT_BIT, on_refresh="reset")),
     Method("galore-8bit-rotate", in_subspace(storage=EIGHT_BIT, on_refresh="rotate")),
+    Method("full-4bit", lambda: StrategyConfig(name="full", rest=ADAM, storage=MOMENTS_IN_FOUR), projects=False),
+    Method("galore-4bit", in_subspace(storage=MOMENTS_IN_FOUR)),
+    Method("galore-mixed-bits-rotate", in_subspace(storage=MIXED, on_refresh="rotate")),
     Method("q-galore", in_subspace(subspace=subspace("svd", every=2, **FOUR_BIT), refresh=LAZY, storage=EIGHT_BIT)),
     Method("q-galore-both-sides", in_subspace(subspace=subspace("svd", side="full", **FOUR_BIT))),
     Method("q-galore-randomized", in_subspace(subspace=subspace("randomized", storage="int8"), refresh=LAZY)),

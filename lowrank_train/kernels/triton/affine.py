@@ -22,8 +22,10 @@ def encoded(
     """Codes (ROWS, GROUP), scales and zeros (ROWS,), all float32; drawn: numbers from [0, 1) for AT_RANDOM."""
     levels: tl.constexpr = 2**BITS - 1
     lowest, highest = tl.minimum(tl.min(values, 1), 0.0), tl.maximum(tl.max(values, 1), 0.0)
-    scale = tl.div_rn(tl.maximum(highest - lowest, SMALLEST_RANGE), levels * 1.0)
-    zero = tl.clamp(-nearest_whole(tl.div_rn(lowest, scale)), 0.0, levels)
+    spread: tl.constexpr = levels - 1 if AT_RANDOM else levels
+    scale = tl.div_rn(tl.maximum(highest - lowest, SMALLEST_RANGE), spread * 1.0)
+    zero = tl.div_rn(lowest, scale)
+    zero = tl.clamp(tl.ceil(-zero) if AT_RANDOM else -nearest_whole(zero), 0.0, levels)
     whole = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
     if AT_RANDOM:
         below = tl.floor(whole)

@@ -1,11 +1,11 @@
-"""Blockwise 8-bit codes of the dynamic code book, made and read in one pass: see kernels/blockwise.py."""
+"""Blockwise 8- and 4-bit codes of a code book, made and read in one pass: see kernels/blockwise.py."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Size, Tensor
 
 from lowrank_train.kernels import blockwise
 
@@ -47,6 +47,7 @@ def quantize_blockwise_kernel(
     upper_ptr: tl.tensor,
     numel: tl.int64,
     KEEP_NONZERO: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -55,7 +56,13 @@ def quantize_blockwise_kernel(
     inside = offsets < numel
     values = tl.load(values_ptr + offsets, inside, other=0.0).to(tl.float32)
     codes, largest = encoded(values, nearest_ptr, upper_ptr, KEEP_NONZERO)
-    tl.store(codes_ptr + offsets, codes.to(tl.uint8), inside)
+    codes = tl.where(inside, codes, 0).to(tl.uint8)
+    if BITS == 4:
+        even, odd = tl.split(codes.reshape(ROWS, BLOCK // 2, 2))
+        pairs = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        tl.store(codes_ptr + pairs, even | (odd << 4), pairs * 2 < numel)
+    else:
+        tl.store(codes_ptr + offsets, codes, inside)
     tl.store(largest_ptr + blocks, largest, blocks * BLOCK < numel)
 
 
@@ -66,6 +73,7 @@ def dequantize_blockwise_kernel(
     values_ptr: tl.tensor,
     book_ptr: tl.tensor,
     numel: tl.int64,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -73,29 +81,51 @@ def dequantize_blockwise_kernel(
     offsets = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = offsets < numel
     largest = tl.load(largest_ptr + blocks, blocks * BLOCK < numel, other=0.0)
-    tl.store(values_ptr + offsets, decoded(tl.load(codes_ptr + offsets, inside, other=0), largest, book_ptr), inside)
+    if BITS == 4:
+        pairs = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        packed = tl.load(codes_ptr + pairs, pairs * 2 < numel, other=0)
+        codes = tl.join(packed & 15, packed >> 4).reshape(ROWS, BLOCK)
+    else:
+        codes = tl.load(codes_ptr + offsets, inside, other=0)
+    tl.store(values_ptr + offsets, decoded(codes, largest, book_ptr), inside)
 
 
 def quantize_blockwise(
-    values: Tensor, *, signed: bool, block: int = 256, keep_nonzero: bool = False
+    values: Tensor,
+    *,
+    signed: bool,
+    block: int = 256,
+    keep_nonzero: bool = False,
+    bits: int = 8,
+    spacing: blockwise.Spacing = "dynamic",
 ) -> tuple[Tensor, Tensor]:
     values = values.detach().contiguous()
-    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    shape = values.shape if bits == 8 else (-(-values.numel() // 2),)
+    codes = torch.empty(shape, dtype=torch.uint8, device=values.device)
     largest = torch.empty(-(-values.numel() // block), dtype=torch.float32, device=values.device)
-    rows, nearest_codes = TILE // block, blockwise.nearest_codes(signed, values.device)
+    rows, nearest_codes = TILE // block, blockwise.nearest_codes(signed, values.device, bits, spacing)
     with torch.cuda.device_of(values):
         quantize_blockwise_kernel[(triton.cdiv(len(largest), rows),)](
-            values, codes, largest, *nearest_codes, values.numel(), keep_nonzero, rows, block, num_warps=WARPS
+            values, codes, largest, *nearest_codes, values.numel(), keep_nonzero, bits, rows, block, num_warps=WARPS
         )
     return codes, largest
 
 
-def dequantize_blockwise(codes: Tensor, largest: Tensor, *, signed: bool, block: int = 256) -> Tensor:
+def dequantize_blockwise(
+    codes: Tensor,
+    largest: Tensor,
+    *,
+    signed: bool,
+    block: int = 256,
+    bits: int = 8,
+    spacing: blockwise.Spacing = "dynamic",
+    shape: Size | tuple[int, ...] | None = None,
+) -> Tensor:
     codes = codes.contiguous()
-    values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    rows, book = TILE // block, blockwise.code_book(signed, codes.device)
+    values = torch.empty(codes.shape if shape is None else shape, dtype=torch.float32, device=codes.device)
+    rows, book = TILE // block, blockwise.code_book(signed, codes.device, bits, spacing)
     with torch.cuda.device_of(codes):
         dequantize_blockwise_kernel[(triton.cdiv(len(largest), rows),)](
-            codes, largest, values, book, codes.numel(), rows, block, num_warps=WARPS
+            codes, largest, values, book, values.numel(), bits, rows, block, num_warps=WARPS
         )
     return values

@@ -86,6 +86,13 @@ class Subspace(ABC):
             )
         self.lazy = rule
 
+    def store_basis_as(self, fmt: str) -> None:
+        """Keep the basis as strategy.storage.basis says. ValueError where there is none that could be kept so."""
+        raise ValueError(
+            f"strategy.storage.basis={fmt}: the subspace {type(self).__name__} keeps no dense basis, but what it is "
+            "chosen by, which stays as it is; use strategy.storage.basis=null"
+        )
+
     def init(self, param: Tensor, slot: Slot) -> State:
         """The clock of the moves, and what `_init_basis` adds; the basis is unset until the first update."""
         clock: State = {"refresh_at": 0, "refreshes": 0, "fallbacks": 0, "seed": slot.seed, "phase_steps": 0}
@@ -185,6 +192,9 @@ class Subspace(ABC):
     def down(self, full: Tensor, state: State) -> Tensor:
         """Project a (M, N) tensor; linear in it."""
 
+    def observe(self, grad: Tensor, low: Tensor, state: State) -> None:  # noqa: B027 nothing, for most
+        """Learn from a gradient and its projection, where the basis was due to move."""
+
     @abstractmethod
     def up(self, low: Tensor, state: State, shape: Size) -> Direction:
         """The (M, N) tensor that `low` stands for."""
@@ -192,9 +202,6 @@ class Subspace(ABC):
     @abstractmethod
     def subtract_(self, full: Tensor, low: Tensor, state: State, by: float = 1.0) -> Tensor:
         """full -= by * up(low) in place; returns `full`."""
-    def observe(self, grad: Tensor, low: Tensor, state: State) -> None:  # noqa: B027 nothing, for most
-        """Learn from a gradient and its projection, where the basis was due to move."""
-
 
     def snapshot(self, state: State) -> Tensor:
         """What `change` needs to know of the basis before it moves."""

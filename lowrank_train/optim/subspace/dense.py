@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Size, Tensor
@@ -16,6 +16,9 @@ from lowrank_train.optim.transform import Change, Slot, State, counter, tensor_o
 
 KEYS = ("basis_left", "basis_right")
 BITS = {"int8": 8, "int4": 4}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMATS: dict[str, Any] = {"fp32": "float32", "bf16": "bfloat16", "q8": "int8", "q4": "int4"}
+"""Of strategy.storage.basis."""
 
 
 @dataclass
@@ -28,7 +31,7 @@ class DenseBasis(Subspace):
     """
 
     signs: Literal["aligned", "raw"] = "aligned"  # raw: LAPACK's whim, as the published codes have it
-    storage: Literal["state", "int8", "int4"] = "state"  # state: in the dtype of all optimizer state
+    storage: Literal["state", "float32", "bfloat16", "int8", "int4"] = "state"  # state: as all optimizer state
     storage_group: int = 256  # int8, int4: numbers that share a scale
 
     codable: ClassVar[bool] = True  # moves as a whole; small steps would be lost in the rounding
@@ -37,13 +40,25 @@ class DenseBasis(Subspace):
         super().__post_init__()
         if self.storage_group < 1:
             raise ValueError(f"strategy.subspace.storage_group is {self.storage_group}; it must be at least 1")
-        if self.storage != "state":
+        self.published_codes = False  # groups that leave 0 out, see quantize_affine
+        self._check_storage(f"strategy.subspace.storage={self.storage}")
+
+    def _check_storage(self, chosen: str) -> None:
+        if self.storage in BITS:
             if not self.codable:
                 raise ValueError(
-                    f"strategy.subspace.storage={self.storage} would lose the small steps by which the subspace "
-                    f"{type(self).__name__} moves; use storage=state"
+                    f"{chosen} would lose the small steps by which the subspace {type(self).__name__} moves; use "
+                    "strategy.storage.basis=null, fp32 or bf16"
                 )
             vars(self)["orthonormal"] = False  # this one's, whatever the class says
+
+    def store_basis_as(self, fmt: str) -> None:
+        if self.storage not in ("state", FORMATS[fmt]):
+            raise ValueError(
+                f"strategy.storage.basis={fmt}, but strategy.subspace.storage={self.storage}; leave one of them out"
+            )
+        self.storage = FORMATS[fmt]
+        self._check_storage(f"strategy.storage.basis={fmt}")
 
     def _init_basis(self, param: Tensor, slot: Slot) -> State:
         side, rank = resolve_side(self.side, param.shape), self.rank_for(param.shape)
@@ -55,15 +70,15 @@ class DenseBasis(Subspace):
 
     def _empty(self, key: str, dimension: int, rank: int, dtype: torch.dtype, device: torch.device) -> State:
         """A basis of zeros, as it is stored."""
-        if self.storage == "state":
-            return {key: torch.zeros(dimension, rank, dtype=dtype, device=device)}
+        if self.storage not in BITS:
+            return {key: torch.zeros(dimension, rank, dtype=DTYPES.get(self.storage, dtype), device=device)}
         bits, group = BITS[self.storage], self.storage_group
         empty = empty_affine((dimension, rank), bits=bits, group=group, device=device)
         coded: State = {f"{key}.{name}": value for name, value in vars(empty).items()}
         return coded | {f"{key}.dimension": dimension, f"{key}.rank": rank}
 
     def refresh(self, grad: Tensor, state: State) -> bool:
-        if self.storage == "state":
+        if self.storage not in BITS:
             return super().refresh(grad, state)
         decoded = {key: self._decoded(key, state) for key in KEYS if f"{key}.codes" in state}
         opened = state | decoded
@@ -151,6 +166,11 @@ class DenseBasis(Subspace):
         left, right = (self._basis(key, state).to(dtype) if key in keys else None for key in KEYS)
         return left, right
 
+    def one_basis(self, state: State) -> tuple[Literal["left", "right"], Tensor]:
+        """The side and its basis, decoded, where not both sides are compressed."""
+        (key,) = self._keys(state)
+        return "left" if key == "basis_left" else "right", self._basis(key, state)
+
     def _keys(self, state: State) -> list[str]:
         return [key for key in KEYS if key in state or f"{key}.codes" in state]
 
@@ -168,7 +188,8 @@ class DenseBasis(Subspace):
 
     def _encode(self, key: str, basis: Tensor, state: State) -> None:
         laid_out = basis.T if key == "basis_right" else basis
-        encoded = quantize_affine(laid_out, bits=BITS[self.storage], group=self.storage_group)
+        bits, group = BITS[self.storage], self.storage_group
+        encoded = quantize_affine(laid_out, bits=bits, group=group, published=self.published_codes)
         for name, value in vars(encoded).items():
             tensor_of(state, f"{key}.{name}").copy_(value)
 
