@@ -18,6 +18,7 @@ from lowrank_train.config import UserError, compose, paths
 from lowrank_train.config.parts import AXES, TARGET
 from lowrank_train.config.schema import RunConfig, StrategyConfig
 from lowrank_train.data import load_tokenizer
+from lowrank_train.memory.counting import bytes_of
 from lowrank_train.models import meta_model
 from lowrank_train.report.banner import model_sentence
 from lowrank_train.report.savings import advice, saving
@@ -45,7 +46,11 @@ def explanation(config: RunConfig) -> list[str]:
     model = meta_model(config.model, vocab_size=vocab_size, dtype=getattr(torch, config.precision.weights))
     state_dtype = getattr(torch, config.precision.state)
     strategy = Strategy.from_config(
-        config.strategy, state_dtype=state_dtype, seed=config.seed, rounding=config.precision.rounding
+        config.strategy,
+        state_dtype=state_dtype,
+        seed=config.seed,
+        rounding=config.precision.rounding,
+        int8_group=config.precision.int8_group,
     )
     plain = [tuple(parameter.shape) for parameter in model.parameters()]
     strategy.prepare(model)
@@ -54,9 +59,9 @@ def explanation(config: RunConfig) -> list[str]:
     lines += parts_in_force(config.strategy, own_defaults(config.strategy.name))
     parameters = list(model.parameters())
     size = sum(p.numel() for p in parameters)
-    weights_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    weights_bytes = bytes_of(parameters)
     trained = sum(math.prod(row.shape) for row in rows if row.role != "frozen")
-    lines += ["", model_sentence(config.model.name, size, trained, weights_bytes, config.precision.weights), ""]
+    lines += ["", model_sentence(config.model.name, size, trained, weights_bytes, config.precision.formats), ""]
     lines += tensor_table(described(rows, kinds_by_name(strategy, model)))
     lines += ["", *totals(rows, state_dtype.itemsize, plain)]
     remark = advice(config.strategy.name, rows, state_dtype.itemsize)

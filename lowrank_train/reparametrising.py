@@ -23,6 +23,10 @@ def swap_in(model: nn.Module, weights: Weights, seed: int) -> None:
         return
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen, faults = matched_names(list(linears), weights.modules, "strategy.weights.modules", "linear layer")
+    if not weights.modules:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = {name for name, module in linears.items() if module is not head}
+        faults = [] if chosen else ["the model has no linear layer but its head"]
     faults += _head_by_accident(model, weights, chosen)
     for name, linear in linears.items():
         if name in chosen:
@@ -30,10 +34,9 @@ def swap_in(model: nn.Module, weights: Weights, seed: int) -> None:
             faults += [f"{name}: {fault}"] if fault else []
     if faults:
         raise UserError(faults)
-    for name, linear in linears.items():
-        if name in chosen:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, weights.layer(linear, Origin(name, seed)))
+    for name in [name for name in linears if name in chosen]:
+        parent, _, leaf = name.rpartition(".")  # each goes before the next is made: both forms of all may be too much
+        setattr(model.get_submodule(parent), leaf, weights.layer(linears.pop(name), Origin(name, seed)))
 
 
 def _head_by_accident(model: nn.Module, weights: Weights, chosen: set[str]) -> list[str]:

@@ -14,6 +14,7 @@ from lowrank_train.config.parts import instantiate
 from lowrank_train.config.schema import StrategyConfig
 from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.nn.events import Event
+from lowrank_train.nn.int8 import Int8
 from lowrank_train.nn.merge import Merge
 from lowrank_train.nn.reparam import Weights, dense_state_dict, layers_of
 from lowrank_train.optim.activity import is_trainable, put_to_sleep
@@ -70,11 +71,17 @@ class Strategy:
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
         rounding: Rounding = "nearest",
+        int8_group: int | None = None,
         steps: int | None = None,
     ) -> Strategy:
-        """Build the parts; a value that a part refuses is a UserError. `steps`: updates of the run, where known."""
+        """Build the parts; a value that a part refuses is a UserError. `steps`: updates of the run, where known.
+
+        int8_group: dense matrices of linear layers are kept in 8-bit codes, so many to a scale; None: as floats.
+        """
         try:
             weights = None if config.weights is None else instantiate(config.weights)
+            if weights is None and int8_group is not None:
+                weights = Int8(group=int8_group)
             if weights is not None and steps is not None:
                 weights.set_length(steps)
             merge = None if config.merge is None else instantiate(config.merge)

@@ -145,6 +145,7 @@ DIFFER_ON_PURPOSE = {
     "galore_8bit": "the rest decays first, as torch does",
     "grass": "a share of the rows, where the library takes a rank",
     "library": "the library entry has no default class",
+    "q_apollo": "Adam in 8 bits, measured as APOLLO does, where published code measures float32 corrected for bias",
     "q_galore": "the rest decays first, as torch does",
     "sgd": "with momentum, where the library's default has none",
     "trion": "a step scaled for AdamW's learning rate, where the library has the published one",
@@ -156,7 +157,6 @@ SAID_BY_SWITCHES = {
     "auon": ["strategy=muon", "strategy/inner=auon"],
     "frugal_coord_lion": ["strategy=frugal_coord", "strategy/inner=lion", "strategy/rest=lion"],
     "frugal_coord_sgd": ["strategy=frugal_coord", "strategy/inner=momentum", "strategy.inner.momentum=0"],
-    "q_apollo": ["strategy=apollo", "strategy/storage=q8"],
 }
 LIBRARY_ONLY = {"gradnormlorp"}
 

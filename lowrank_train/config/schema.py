@@ -91,8 +91,14 @@ class PrecisionConfig:
     compute: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"  # Lightning's name
     weights: Literal["float32", "bfloat16"] = "float32"
     state: Literal["float32", "bfloat16"] = "float32"
-    rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"  # of bfloat16 weights as they are updated
+    rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"  # of bfloat16 and int8 weights, when updated
+    int8_group: int | None = None  # linear layers in 8-bit codes, so many numbers to a scale; null: as `weights`
     count_lost_updates: bool = False  # optim/lost_updates_pct in metrics.csv; with rounding=nearest rules run twice
+
+    @property
+    def formats(self) -> str:
+        """Of the weights, in words."""
+        return self.weights if self.int8_group is None else f"{self.weights} and int8"
 
 
 @dataclass

@@ -81,7 +81,7 @@ def _open_run(config: RunConfig, folder: Path, device: torch.device) -> Trained:
         device=device,
         seed=config.seed,
     )
-    strategy = Strategy.from_config(config.strategy, seed=config.seed)
+    strategy = Strategy.from_config(config.strategy, seed=config.seed, int8_group=config.precision.int8_group)
     strategy.prepare(model)
     model.load_state_dict(load_weights(checkpoint, manifest), strict=True)
     source = f"{folder} after {checkpoint_step(checkpoint):,} updates"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from lowrank_train.kernels.affine import Affine, dequantize_affine_reference, quantize_affine_reference
@@ -18,6 +20,7 @@ def int8_update_(
     decay_first: bool = True,
     group: int = 256,
     seed: int | None = None,
+    published: bool = False,
 ) -> None:
     """W <- (1 - decay) W + factor * update, in place, with a new scale and zero for each group.
 
@@ -26,18 +29,27 @@ def int8_update_(
     size of W is made.
     seed: rounds at random, by the uniform numbers (random_16_bits + 1/2) / 2^16 of the flattened tensor, so that what
         is below a code's step is kept on average; None: to the nearest, which loses updates below half a step.
+    published: the ranges of groups as in the published code, see quantize_affine.
     """
     assert weight.codes.is_contiguous() and weight.codes.numel() == update.numel()
-    add = int8_update_reference_
-    if is_tile(group) and runs_kernel(update, weight.codes, weight.scale, weight.zero):
+    add = functools.partial(int8_update_reference_, published=published)
+    if is_tile(group) and not published and runs_kernel(update, weight.codes, weight.scale, weight.zero):
         from lowrank_train.kernels.triton import int8_update
 
-        add = int8_update.int8_update_
+        add = int8_update.int8_update_  # type: ignore[assignment]
     add(weight, update, factor=factor, decay=decay, decay_first=decay_first, group=group, seed=seed)
 
 
 def int8_update_reference_(
-    weight: Affine, update: Tensor, *, factor: float, decay: float, decay_first: bool, group: int, seed: int | None
+    weight: Affine,
+    update: Tensor,
+    *,
+    factor: float,
+    decay: float,
+    decay_first: bool,
+    group: int,
+    seed: int | None,
+    published: bool = False,
 ) -> None:
     """`int8_update_` in plain torch, with all of W decoded."""
     dense, change = dequantize_affine_reference(weight, update.shape, bits=8, group=group), update.float() * factor
@@ -47,7 +59,7 @@ def int8_update_reference_(
     if seed is not None:
         bits = random_16_bits(seed, 1, dense.numel(), dense.device).view(dense.shape)
         uniform = bits.float().add_(0.5).div_(2**16)
-    made = quantize_affine_reference(dense, bits=8, group=group, uniform=uniform)
+    made = quantize_affine_reference(dense, bits=8, group=group, uniform=uniform, published=published)
     for name, value in vars(made).items():
         stored: Tensor = getattr(weight, name)
         stored.copy_(value)

@@ -39,6 +39,7 @@ CARDS = (
     _card("l4", 21.95, "NVIDIA L4"),  # 22,888 MiB in EC2's DescribeInstanceTypes, less 2 % for the driver
     _card("3090", 23.52, "NVIDIA GeForce RTX 3090"),  # as the RTX 4090
     _card("3090ti", 23.52, "NVIDIA GeForce RTX 3090 Ti"),  # as the RTX 4090
+    _card("4080", 15.68, "NVIDIA GeForce RTX 4080"),  # 98 % of 16 GiB
     _card("4090", 23.52, "NVIDIA GeForce RTX 4090"),  # messages in torchchat issue 1341 and others: 23.52 to 23.68
     _card("a30", 23.52, "NVIDIA A30"),  # message in RB-Modulation issue 5: 23.53
     _card("5090", 31.36, "NVIDIA GeForce RTX 5090"),  # message in TrajectoryCrafter issue 20

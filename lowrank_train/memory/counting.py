@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from lowrank_train.nn.reparam import layers_of
@@ -31,8 +32,16 @@ def weights_by_kind(model: PreTrainedModel) -> dict[str, int]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of all of them together."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Of all of them together, each as it is kept."""
+    parts = (part for tensor in tensors for part in parts_of(tensor))
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that one is kept as: itself, or the codes and scales of one that only stands for numbers."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in parts_of(getattr(tensor, name))]
 
 
 def _kept_buffers(model: PreTrainedModel) -> list[Tensor]:

@@ -43,7 +43,14 @@ def prepared(config: RunConfig, vocab_size: int, layers: int | None = None) -> t
         settings.num_hidden_layers = layers
     model = meta_model(settings, vocab_size=vocab_size, dtype=getattr(torch, config.precision.weights))
     state_dtype = getattr(torch, config.precision.state)
-    strategy = Strategy.from_config(config.strategy, state_dtype=state_dtype, seed=config.seed)
+    strategy = Strategy.from_config(
+        config.strategy,
+        state_dtype=state_dtype,
+        seed=config.seed,
+        rounding=config.precision.rounding,
+        int8_group=config.precision.int8_group,
+        steps=config.trainer.steps,
+    )
     strategy.prepare(model)
     return model, strategy
 

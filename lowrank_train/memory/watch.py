@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lowrank_train.kernels.blockwise import code_book, nearest_codes
 from lowrank_train.kernels.pieces import PIECE_ELEMENTS
+from lowrank_train.memory.counting import parts_of
 from lowrank_train.optim.subspace.dct import cosine_basis
 
 aten = torch.ops.aten
@@ -49,6 +50,9 @@ WORKSPACE_BYTES_ON_A_CARD: dict[Any, Callable[..., int]] = WORKSPACE_BYTES | {
 REAL = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.randperm.generator)
 """What has numbers all the same where they are integers, with all that follows from it alone, for they decide what the
 code does next: a row with positions that it cannot read transformers takes for several documents, with a mask."""
+
+
+MOST_POSITIONS = 1 << 17
 
 
 class Segment(NamedTuple):
@@ -96,7 +100,7 @@ class StorageWatch(TorchDispatchMode):
 
     def name_parameters(self, model: nn.Module) -> None:
         """Segments go by these parameters from now on."""
-        self._names = {_key(param): name for name, param in model.named_parameters()}
+        self._names = {_key(part): name for name, param in model.named_parameters() for part in parts_of(param)}
 
     def begin(self, phase: str) -> None:
         """What follows belongs to this phase."""
@@ -112,11 +116,13 @@ class StorageWatch(TorchDispatchMode):
             return args[0].fake_device
         kwargs = dict(kwargs or {})
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(is_traceable_wrapper_subclass(leaf) for leaf in inputs):
+            return NotImplemented  # it says itself what it does with its parts, and those come by here
         if func is aten._local_scalar_dense.default and isinstance(inputs[0], FakeTensor):
             return self._number(inputs[0])
         self._follow(inputs)
         generator = kwargs.get("generator")
-        is_real = inputs or (func in REAL and not getattr(kwargs.get("dtype"), "is_floating_point", False))
+        is_real = inputs or (func in REAL and _decides(args, kwargs))
         if is_real and not any(isinstance(leaf, FakeTensor) for leaf in inputs):
             with _disable_current_modes():
                 return self._take_in(func(*args, **kwargs))
@@ -229,10 +235,25 @@ def make_fake(model: nn.Module, device: torch.device) -> None:
                 if tensor is None:
                     continue
                 if tensor not in made:
-                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                    fake = _fake(tensor, device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[tensor] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
                 tensors[name] = made[tensor]  # type: ignore[assignment]
+
+
+def _decides(args: Any, kwargs: Any) -> bool:
+    """Whether a range is one of positions, and not of every number of a matrix, from which random bits are made."""
+    whole = not getattr(kwargs.get("dtype"), "is_floating_point", False)
+    return whole and all(abs(value) <= MOST_POSITIONS for value in args if isinstance(value, int | float))
+
+
+def _fake(tensor: Tensor, device: torch.device) -> Tensor:
+    if is_traceable_wrapper_subclass(tensor):
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: _fake(getattr(tensor, name), device) for name in names}
+        made: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+        return made
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 def _key(tensor: Tensor) -> int:

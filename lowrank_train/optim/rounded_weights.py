@@ -1,4 +1,4 @@
-"""Updates of bfloat16 weights that are not lost: made in float32, and written back at random or with the rest kept."""
+"""Updates of narrow weights that are not lost: made in float32, and written back at random or with the rest kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_train.config.seeding import seed_from_name
+from lowrank_train.kernels.int8_weight import Int8Weight
 from lowrank_train.kernels.pieces import pieces
 from lowrank_train.kernels.rounding import Rounding, write_rounded_
 from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter, tensor_of
@@ -18,13 +19,16 @@ KEYS = (RESIDUE, WRITTEN)
 
 
 class RoundedWeights:
-    """How the bfloat16 parameters of an optimizer take up their updates; all others are updated in place.
+    """How the bfloat16 and int8 parameters of an optimizer take up their updates; all others are updated in place.
 
     nearest: the rule updates them in place too, so that every operation rounds to the nearest.
     stochastic: w <- up or down from the rule's result on float(w), with the probability that makes the mean right
         (Zamirai et al., arXiv 2010.06192). The bits follow from the slot's seed and the number of this write.
     compensated: e = the rule's result on float(w) + float(r);  w <- e to the nearest;  r <- e - w, in bfloat16 (Kahan's
-        summation, same paper). r belongs to the value of w: whoever changes w otherwise calls `renew`.
+        summation, same paper). r belongs to the value of w: whoever changes w otherwise calls `renew`. Not for int8.
+
+    An int8 parameter is decoded, updated and encoded with new scales under any rounding: at random (Q-GaLore, arXiv
+    2407.08296, section 3.4) or to the nearest.
 
     While a parameter is updated it exists in float32 besides: 4 bytes a number of this one parameter. What is kept
     between updates is no business of its rule, which may drop its own state as it likes.
@@ -74,6 +78,31 @@ class RoundedWeights:
         served = set(params)
         self._kept = {param: kept for param, kept in self._kept.items() if param in served}
 
+    def at_once(
+        self,
+        rule: Transform,
+        grad: Tensor | None,
+        state: State,
+        param: Tensor,
+        slot: Slot,
+        rates: Rates,
+        decay: Tensor | float,
+        grad_factor: float,
+    ) -> Tensor | None:
+        """rule.at_once, rounded; None, and nothing done, also without a gradient or where the sum itself is asked for.
+
+        Random bits are those of the whole matrix, as lifted_update_ draws them. Int8 weights go from codes to codes.
+        """
+        counts = self.count_lost and (param.dtype is torch.bfloat16 or isinstance(param, Int8Weight))
+        if grad is None or counts or self._key(param) == RESIDUE:
+            return None
+        kept = self.state(param)
+        seed = seed_from_name(slot.seed, f"rounding {counter(kept, WRITTEN) + 1}") if kept else None
+        low_norm = rule.at_once(grad, state, param, rates, decay, grad_factor, seed)
+        if low_norm is not None and kept:
+            kept[WRITTEN] = counter(kept, WRITTEN) + 1
+        return low_norm
+
     def apply(
         self,
         rule: Transform,
@@ -89,6 +118,8 @@ class RoundedWeights:
 
         What a weight lacks counts as part of it: a change of the residue alone is not lost.
         """
+        if isinstance(param, Int8Weight):
+            return self._apply_coded(rule, compressed, state, param, slot, rates, decay, grad)
         counts = self.count_lost and param.dtype is torch.bfloat16
         kept = self.state(param)
         if not kept and not counts:
@@ -106,8 +137,35 @@ class RoundedWeights:
             self._write(param, exact, kept, slot)
         return _lost(before, exact, held) if counts else None
 
+    def _apply_coded(
+        self,
+        rule: Transform,
+        compressed: Tensor,
+        state: State,
+        param: Int8Weight,
+        slot: Slot,
+        rates: Rates,
+        decay: Tensor | float,
+        grad: Tensor | None,
+    ) -> Tensor | None:
+        """`apply` for codes. An update is lost on a weight that stays as many steps from 0 as it was."""
+        kept, exact = self.state(param), param.decoded()
+        before, steps = (exact.clone(), param.steps()) if self.count_lost else (None, None)
+        rule.apply(compressed, state, exact, rates, decay, grad)
+        param.store_(exact, seed=self._next_seed(kept, slot) if kept else None)
+        if before is None:
+            return None
+        return ((exact != before) & (param.steps() == steps)).sum()
+
+    def _next_seed(self, kept: State, slot: Slot) -> int:
+        number = kept[WRITTEN] = counter(kept, WRITTEN) + 1
+        return seed_from_name(slot.seed, f"rounding {number}")
+
     def _key(self, param: Tensor) -> str | None:
-        if param.dtype is not torch.bfloat16 or self.rounding == "nearest":
+        coded = isinstance(param, Int8Weight)
+        if coded and self.rounding == "compensated":
+            raise ValueError("rounding=compensated has nowhere to keep the rest of int8 weights; use stochastic")
+        if self.rounding == "nearest" or not (coded or param.dtype is torch.bfloat16):
             return None
         return WRITTEN if self.rounding == "stochastic" else RESIDUE
 
@@ -115,8 +173,7 @@ class RoundedWeights:
         if self.rounding == "compensated":
             write_rounded_(param, exact, tensor_of(kept, RESIDUE))
             return
-        number = kept[WRITTEN] = counter(kept, WRITTEN) + 1
-        write_rounded_(param, exact, seed=seed_from_name(slot.seed, f"rounding {number}"))
+        write_rounded_(param, exact, seed=self._next_seed(kept, slot))
 
 
 def _sum(narrow: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowrank_train.kernels.int8_weight import Int8Weight
 from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.optim.activity import is_trainable, put_to_sleep
 from lowrank_train.optim.blocks import Blocks
@@ -54,7 +55,7 @@ def optimizer(
     grad_clip: float | None = None,
     clip_norm_of: Literal["full", "projected"] = "full",
     micro_batches: int = 1,
-    rounding: Rounding = "nearest",
+    rounding: Rounding | None = None,
     count_lost_updates: bool = False,
     **options: Any,
 ) -> TransformOptimizer:
@@ -67,7 +68,8 @@ def optimizer(
     basis_source: supplies the basis, random matrix or indices in force from an update on, laid out as that code stores
         them: (R, N) on the right, (M, R) on the left, a pair for both; None from it: the method's own.
     when, grad_clip, clip_norm_of, micro_batches: as TransformOptimizer.
-    rounding: of bfloat16 weights as they are updated: nearest, stochastic or compensated, as RoundedWeights.
+    rounding: of bfloat16 and int8 weights as they are updated: nearest, stochastic or compensated, as RoundedWeights.
+        None: int8 weights at random, or as the option stochastic_round says, others to the nearest.
     count_lost_updates: stats["lost_updates_pct"] of every update says how many of them rounding undid.
     options: the options of the published code by their names there. ValueError for one that the method does not have.
     """
@@ -78,6 +80,9 @@ def optimizer(
     recipe = recipe_of(method, options, published)
     pairs = list(named_parameters.named_parameters() if isinstance(named_parameters, nn.Module) else named_parameters)
     pairs = [(name, param) for name, param in pairs if is_trainable(param)]
+    coded = {name: param for name, param in pairs if isinstance(param, Int8Weight)}
+    if coded:
+        recipe, rounding = quantized.on_codes(recipe, coded, rounding)
     chosen = projected_names(pairs, project, recipe)
     subspace = getattr(recipe.projected, "subspace", None)
     if subspace is not None:
@@ -110,7 +115,7 @@ def optimizer(
             micro_batches=micro_batches,
             # random bases, the only ones of methods that accumulate on their own, need no whole gradient to move
             basis_under_accumulation="first_micro_batch" if recipe.micro_batches > 1 else "window",
-            rounding=rounding,
+            rounding=rounding or "nearest",
             count_lost_updates=count_lost_updates,
         )
     except ValueError as error:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_train.kernels.affine import dequantize_affine, quantize_affine
+from lowrank_train.kernels.int8_weight import Int8Weight
+from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.optim.direction import Dense, Direction
 from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.lift import Backproject, Lift, ScaledGradient
 from lowrank_train.optim.moments import Adam
 from lowrank_train.optim.stored import Storage, Stored
 from lowrank_train.optim.subspace.base import Subspace
+from lowrank_train.optim.subspace.dense import DenseBasis
 from lowrank_train.optim.subspace.lazy import Lazy
 from lowrank_train.optim.subspace.random import Gaussian
 from lowrank_train.optim.transform import Rates, State, Transform, counter
@@ -23,7 +26,7 @@ from lowrank_train.published.options import Options, Recipe, galore_arguments, l
 
 
 @dataclass
-class RoundedWeights(InSubspace):
+class SimulatedInt8(InSubspace):
     """Q-GaLore's simulation of int8 weights: after each update a float matrix is rounded to what int8 would hold.
 
     Saves no memory; the numbers are those of a run with codes (arXiv 2407.08296, section 3.4). The first weights are
@@ -32,6 +35,7 @@ class RoundedWeights(InSubspace):
 
     group: int = 256  # numbers that share a scale
     stochastic: bool = True
+    published: bool = False  # ranges of groups as in the published code, see quantize_affine
 
     def apply(
         self,
@@ -47,7 +51,7 @@ class RoundedWeights(InSubspace):
         if self.stochastic:
             generator = torch.Generator().manual_seed(counter(state, "seed") + counter(state, "updates_done"))
             uniform = torch.rand(param.shape, generator=generator).to(param.device)
-        codes = quantize_affine(param, bits=8, group=self.group, uniform=uniform)
+        codes = quantize_affine(param, bits=8, group=self.group, uniform=uniform, published=self.published)
         param.copy_(dequantize_affine(codes, param.shape, bits=8, group=self.group))
 
 
@@ -81,11 +85,26 @@ def galore_8bit(options: Options) -> Recipe:
 
 
 def composed(options: Options, subspace: Subspace, inner: Transform, lift: Lift) -> InSubspace:
-    """With weights that are rounded to int8 where the option says so."""
+    """With float weights that are rounded to int8 where the option says so."""
     group, stochastic = options.take("weight_group_size", None), options.take("stochastic_round", False)
     if group is None:
         return InSubspace(subspace, inner, lift)
-    return RoundedWeights(subspace, inner, lift, group=group, stochastic=stochastic)
+    return SimulatedInt8(subspace, inner, lift, group=group, stochastic=stochastic, published=options.published)
+
+
+def on_codes(recipe: Recipe, coded: Mapping[str, Int8Weight], rounding: Rounding | None) -> tuple[Recipe, Rounding]:
+    """The recipe for weights that are int8 already, and how their updates are rounded: at random where nothing is said.
+
+    ValueError where weight_group_size is not that of the weights.
+    """
+    rule = recipe.projected
+    if not isinstance(rule, SimulatedInt8):
+        return recipe, rounding or "stochastic"
+    for name, weight in coded.items():
+        if weight.group != rule.group:
+            raise ValueError(f"weight_group_size is {rule.group}, but {name} has codes in groups of {weight.group}")
+    plain = InSubspace(rule.subspace, rule.inner, rule.lift)
+    return replace(recipe, projected=plain), rounding or ("stochastic" if rule.stochastic else "nearest")
 
 
 def q_galore(options: Options) -> Recipe:
@@ -100,6 +119,8 @@ def q_galore(options: Options) -> Recipe:
     if arguments["side"] != "std":
         raise ValueError(f"q_galore's proj_type is {arguments['side']!r}; its published code has std alone")
     subspace = leading(options, **arguments, **storage)
+    assert isinstance(subspace, DenseBasis)
+    subspace.published_codes = options.published
     subspace.be_lazy(
         Lazy(
             threshold=options.take("cos_threshold", 0.4),

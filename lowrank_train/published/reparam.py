@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "lte": ("parallel_heads.ParallelHeads", {}),
     "sltrain": ("sltrain.SLTrain", {}),
     "sst": ("sst.SST", {}),
+    "int8": ("int8.Int8", {}),
     "lowrank": ("factorised.LowRank", {}),
     "block_dense": ("structured.BlockDense", {}),
     "block_shuffle": ("structured.BlockShuffle", {}),
@@ -54,6 +55,7 @@ OTHER_NAMES = {
     "rslora": ("use_rslora",),
     "lr_ratio_b": ("loraplus_lr_ratio",),
     "trainable_scaling": ("scaling", "train_scaling"),
+    "group": ("weight_group_size",),
     "modules": ("target_modules",),
 }
 """Field of a choice -> what published code calls it."""
@@ -82,7 +84,8 @@ def reparametrise(
 
     modules: names of linear layers, or patterns; a name without a wildcard is also any module inside one of that name.
         None: attention and MLP, or every linear layer but the head where no name tells them apart.
-    published: ReLoRA's published merges: one update later, moments thinned by a mask each, and an A of zeros.
+    published: ReLoRA's published merges: one update later, moments thinned by a mask each, and an A of zeros; groups of
+        int8 weights that leave 0 out.
     options: of the representation, of AdamW (betas, eps), and of merges, as published. ValueError for others.
     """
     if method not in CHOICES:
@@ -99,8 +102,10 @@ def reparametrise(
     if modules is None:
         modules = taken.take("target_modules", None)
     weights.modules = patterns(model, modules)
+    at_random = taken.take("stochastic_round", True) if method == "int8" else False
     taken.finish()
     strategy = strategy_of(method, weights, merge, rule, seed)
+    strategy.rounding = "stochastic" if at_random else "nearest"
     try:
         strategy.prepare(model)
     except UserError as error:
@@ -150,6 +155,8 @@ def weights_of(method: str, options: Options) -> Weights:
         options.refuse("quantize", "is a choice of storage here, not of the layer")
         if options.published:
             given.setdefault("init", "zero")
+    if method == "int8":
+        given.setdefault("published", options.published)
     return choice(**given)
 
 

@@ -37,7 +37,7 @@ FREE_KEYS = (
 )  # fmt: skip
 # Keys that decide the shapes in a checkpoint or how its data is divided: they stay even with resume=PATH.
 FIXED_KEYS = (
-    "model.", "strategy.", "precision.weights", "precision.state", "data.tokenizer",
+    "model.", "strategy.", "precision.weights", "precision.state", "precision.int8_group", "data.tokenizer",
     "trainer.batch_size", "trainer.total_batch_size", "trainer.devices", "trainer.num_nodes",
 )  # fmt: skip
 

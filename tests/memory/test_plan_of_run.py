@@ -25,6 +25,7 @@ RUN = (
         ("strategy=fira", "strategy.subspace.rank=32", "precision=bf16_mixed", "trainer.total_batch_size=8"),
         ("strategy=galore", "strategy.subspace.rank=32", "strategy.when=in_backward"),
         ("strategy=relora", "strategy.weights.rank=8", "strategy.merge.every=2"),
+        ("strategy=q_galore", "precision=int8", "strategy.subspace.rank=32", "strategy.when=in_backward"),
     ],
     ids=lambda words: words[0],
 )

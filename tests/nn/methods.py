@@ -171,6 +171,7 @@ METHODS = [
         weights("maestro.Maestro", penalty=0.2, eps=0.3, shrink_every=4),
         same_in_training=False,
     ),
+    Method("int8", weights("int8.Int8", group=32), keeps_weight=False),
     Method("sltrain", weights("sltrain.SLTrain", rank=3, sp_ratio=0.1), keeps_weight=False),
     Method(
         "sltrain_scaling",

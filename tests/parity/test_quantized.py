@@ -66,7 +66,7 @@ class Replay:
         """What int8 weights lose of an update."""
         group = self.hyper["weight_group_size"]
         uniform = None if draws is None else torch.from_numpy(draws)
-        coded = quantize_affine(self.weight, bits=8, group=group, uniform=uniform)
+        coded = quantize_affine(self.weight, bits=8, group=group, uniform=uniform, published=True)
         self.codes = coded.codes.numpy()
         if not self.simulate:  # else the optimizer has rounded them already
             self.weight.data.copy_(dequantize_affine(coded, self.weight.shape, bits=8, group=group))
