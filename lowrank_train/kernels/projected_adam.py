@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ Moment = Tensor | tuple[Tensor, Tensor]
 """A moment as it is stored: a tensor, or 8-bit codes and the largest magnitudes of their blocks."""
 
 
+class Projected(NamedTuple):
+    """What a projection with Adam's step leaves for the second half of an update."""
+
+    direction: Tensor | AdamDirection
+    low: Tensor | None  # R in float32, where it is kept
+    norm: Tensor  # of R, 0-dimensional
+
+
 def projected_adam(
     grad: Tensor,
     basis: Tensor,
@@ -24,11 +32,12 @@ def projected_adam(
     side: Literal["left", "right"],
     betas: tuple[float, float],
     eps: float,
+    grad_factor: float = 1.0,
     block: int = 256,
     keep_nonzero: bool = True,
     keep_low: bool = False,
-) -> tuple[Tensor | AdamDirection, Tensor | None]:
-    """R = down(G); m <- b1 m + (1 - b1) R; v <- b2 v + (1 - b2) R^2, in place; returns m / (sqrt(v) + eps), and R.
+) -> Projected:
+    """R = f down(G); m <- b1 m + (1 - b1) R; v <- b2 v + (1 - b2) R^2, in place; the direction is m / (sqrt(v) + eps).
 
     down(G) = G B with side=right, G (M, N) and B (N, R), and B^T G with side=left, B (M, R): GaLore (arXiv 2403.03507,
     algorithm 2). Factors of the product are rounded to the dtype of G, which is float32 or narrower; sums are float32.
@@ -36,7 +45,8 @@ def projected_adam(
     (block and keep_nonzero as in adam_8bit_step). The direction of what is stored in codes is that of the moments
     before they are rounded, a float32 tensor; that of tensors is left to be made where it is used. eps is added to
     sqrt(v): with bias correction as in adam_8bit_step.
-    keep_low: returns R too, in float32, which some lifts need, else None.
+    grad_factor: f, such as that of a clipped norm.
+    keep_low: returns R too, which some lifts need.
     """
     project = projected_adam_reference
     tensors = [part for moment in (first, second) for part in (moment if isinstance(moment, tuple) else (moment,))]
@@ -52,6 +62,7 @@ def projected_adam(
         side=side,
         betas=betas,
         eps=eps,
+        grad_factor=grad_factor,
         block=block,
         keep_nonzero=keep_nonzero,
         keep_low=keep_low,
@@ -67,21 +78,23 @@ def projected_adam_reference(
     side: Literal["left", "right"],
     betas: tuple[float, float],
     eps: float,
+    grad_factor: float,
     block: int,
     keep_nonzero: bool,
     keep_low: bool,
-) -> tuple[Tensor | AdamDirection, Tensor | None]:
+) -> Projected:
     """`projected_adam` in plain torch."""
     work = torch.promote_types(grad.dtype, torch.float32)
     wide, turned = grad.to(work), basis.to(grad.dtype).to(work)
     low = wide @ turned if side == "right" else turned.T @ wide
-    kept = low if keep_low else None
+    low *= grad_factor
+    kept, norm = low if keep_low else None, torch.linalg.vector_norm(low)
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         exp_avg = first.to(work).lerp_(low, 1 - betas[0])
         exp_avg_sq = second.to(work).mul_(betas[1]).addcmul_(low, low, value=1 - betas[1])
         first.copy_(exp_avg)
         second.copy_(exp_avg_sq)
-        return AdamDirection(first, second, eps), kept
+        return Projected(AdamDirection(first, second, eps), kept, norm)
     assert isinstance(first, tuple) and isinstance(second, tuple), "both moments are stored alike"
     direction = torch.zeros_like(low)
     adam_8bit_step_reference(
@@ -98,4 +111,4 @@ def projected_adam_reference(
         keep_nonzero=keep_nonzero,
         seed=None,
     )
-    return direction, kept
+    return Projected(direction, kept, norm)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lowrank_train.kernels.dispatch import runs_kernel
 
 TOKEN_BLOCK = 256  # rows of x at a time in the factored order: their transposes then stay in the second-level cache
 # Measured on two cores of an AMD EPYC (Zen 4) with MKL, in multiply-adds of a large dense product, for one token: of an
@@ -68,7 +71,8 @@ def _applied(x: Tensor, *operands: Tensor | float | None) -> Tensor:
 
 
 class _SparseLowRank(torch.autograd.Function):
-    """Two orders of the same sums: `dense` builds W for a moment, `factored` never has any matrix of m n."""
+    """Three orders of the same sums: `dense` builds W for a moment, `factored` never has any matrix of m n, and kernels
+    make W where they use it for few tokens, else as `dense` in one pass over it."""
 
     @staticmethod
     def forward(
@@ -80,7 +84,10 @@ class _SparseLowRank(torch.autograd.Function):
         ctx.has_bias = bias is not None
         flat, dtype = x.reshape(-1, x.shape[-1]), x.dtype
         operands = ((first * scale).to(dtype), second.to(dtype), values.to(dtype), index)
-        forward = _factored_forward if is_factored(flat, first, second, index) else _dense_forward
+        if runs_kernel(flat, *operands, bias):
+            forward = _kernel_forward
+        else:
+            forward = _factored_forward if is_factored(flat, first, second, index) else _dense_forward
         result = forward(flat, *operands, None if bias is None else bias.to(dtype))
         return result.view(*x.shape[:-1], len(second))
 
@@ -91,7 +98,10 @@ class _SparseLowRank(torch.autograd.Function):
         scale = tensor_scale[0] if tensor_scale else ctx.scale
         flat, flat_grad, dtype = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), x.dtype
         operands = ((first * scale).to(dtype), second.to(dtype), values.to(dtype), index)
-        backward = _factored_backward if is_factored(flat, first, second, index) else _dense_backward
+        if runs_kernel(flat, flat_grad, *operands):
+            backward = _kernel_backward
+        else:
+            backward = _factored_backward if is_factored(flat, first, second, index) else _dense_backward
         grad_x, grad_scaled, grad_second, grad_values = backward(flat, flat_grad, *operands, ctx.needs_input_grad[0])
         return (
             None if grad_x is None else grad_x.view(x.shape),
@@ -115,12 +125,43 @@ def _dense_forward(
 
 
 def _dense_backward(
-    x: Tensor, grad: Tensor, scaled: Tensor, second: Tensor, values: Tensor, index: Tensor, of_x: bool
+    x: Tensor,
+    grad: Tensor,
+    scaled: Tensor,
+    second: Tensor,
+    values: Tensor,
+    index: Tensor,
+    of_x: bool,
+    build: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = dense_matrix,
 ) -> Gradients:
     """W and then G = grad^T x exist, one after the other."""
-    grad_x = grad @ dense_matrix(scaled, second, values, index) if of_x else None
+    grad_x = grad @ build(scaled, second, values, index) if of_x else None
     of_weight = grad.T @ x
     return grad_x, second.T @ of_weight, of_weight @ scaled.T, of_weight.view(-1).index_select(0, index)
+
+
+def _kernel_forward(
+    x: Tensor, scaled: Tensor, second: Tensor, values: Tensor, index: Tensor, bias: Tensor | None
+) -> Tensor:
+    from lowrank_train.kernels.triton import sparse_lowrank as kernels
+
+    if len(x) <= kernels.FEW_TOKENS:
+        return kernels.sparse_lowrank_product(x, scaled, second, values, index, bias, input_gradient=False)
+    return torch.nn.functional.linear(x, kernels.dense_matrix(scaled, second, values, index), bias)
+
+
+def _kernel_backward(
+    x: Tensor, grad: Tensor, scaled: Tensor, second: Tensor, values: Tensor, index: Tensor, of_x: bool
+) -> Gradients:
+    from lowrank_train.kernels.triton import sparse_lowrank as kernels
+
+    if len(x) > kernels.FEW_TOKENS:
+        return _dense_backward(x, grad, scaled, second, values, index, of_x, kernels.dense_matrix)
+    grad_x = None
+    if of_x:
+        grad_x = kernels.sparse_lowrank_product(grad, scaled, second, values, index, None, input_gradient=True)
+    of_first, of_second = (grad @ second).T @ x, grad.T @ (x @ scaled.T)
+    return grad_x, of_first, of_second, kernels.sampled_product(grad, x, index)
 
 
 def _factored_forward(

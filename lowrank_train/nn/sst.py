@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_train.kernels.unit_columns import unit_columns_
 from lowrank_train.nn.events import Event, Moments, each
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, kept
 from lowrank_train.nn.spectral import ThroughDense, ThroughFactors, composed
@@ -114,8 +114,7 @@ class SSTLinear(ReparamLinear):
         """sigma <- max(sigma, 0), and columns that learn are divided by their lengths."""
         self.sigma.clamp_(min=0)
         for columns in (self.U_active, self.V_active):
-            wide = columns.to(torch.promote_types(columns.dtype, torch.float32))
-            columns.copy_(F.normalize(wide, dim=0))
+            unit_columns_(columns)
 
     @torch.no_grad()
     def sample_(self, number: int) -> None:

@@ -12,6 +12,7 @@ from torch import Size, Tensor
 from lowrank_train.optim.contradictions import refuse_contradictions
 from lowrank_train.optim.direction import Direction
 from lowrank_train.optim.feedback import ErrorFeedback
+from lowrank_train.optim.fused import FusedStep
 from lowrank_train.optim.lift import Lift
 from lowrank_train.optim.subspace.base import Subspace
 from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter
@@ -38,6 +39,7 @@ class InSubspace(Transform):
         self.accumulates = self.feedback is None
         self.needs_gradient = self.lift.needs_gradient
         self.weight_decay_first = self.inner.weight_decay_first
+        self.fused = FusedStep.of(self.subspace, self.inner, self.lift, self.feedback)
 
     def init(self, param: Tensor, slot: Slot) -> State:
         basis = self.subspace.init(param, slot)
@@ -70,14 +72,15 @@ class InSubspace(Transform):
         if self.feedback is not None:
             grad = self.feedback.add(grad, state)
             error = self.feedback.before_move(grad, state, self.subspace)
-        if self.refresh_due(state):
+        due = self.refresh_due(state)
+        if due:
             self._refresh(grad, state)
         low = self.subspace.down(grad, state)
+        if due:
+            self.subspace.observe(grad, low, state)
         if self.feedback is not None and error is not None:
             self.feedback.after_move(error, low, state, self.subspace)
         return low
-        if due:
-            self.subspace.observe(grad, low, state)
 
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
@@ -87,6 +90,38 @@ class InSubspace(Transform):
         low_update = self.inner.update(compressed, state, param, rates, compressed if self.lift.comes_first else None)
         state["updates_done"] = counter(state, "updates_done") + 1
         return self.lift.lift(low_update, compressed, grad, self.subspace, state, param)
+
+    def apply(
+        self,
+        compressed: Tensor,
+        state: State,
+        param: Tensor,
+        rates: Rates,
+        decay: Tensor | float = 0.0,
+        grad: Tensor | None = None,
+    ) -> None:
+        fused = self.fused
+        if fused is None or isinstance(decay, Tensor) or not fused.serves(compressed, state, param, grad):
+            super().apply(compressed, state, param, rates, decay, grad)
+        else:
+            fused.step(compressed, state, param, rates, decay, grad)
+
+    def at_once(
+        self,
+        grad: Tensor,
+        state: State,
+        param: Tensor,
+        rates: Rates,
+        decay: Tensor | float,
+        grad_factor: float,
+        seed: int | None,
+    ) -> Tensor | None:
+        fused = self.fused
+        if fused is None or isinstance(decay, Tensor) or self.refresh_due(state):
+            return None
+        if not fused.serves(grad, state, param):
+            return None
+        return fused.whole_step(grad, state, param, rates, decay, grad_factor, seed)
 
     def decay_scale(self, param: Tensor) -> Tensor | float:
         return self.inner.decay_scale(param)

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from lowrank_train.kernels.pieces import pieces
 from lowrank_train.optim.direction import Dense, Direction, Quotient, RootQuotient, wide
-from lowrank_train.optim.transform import Change, Rates, Slot, State, Transform, counter, tensor_of
+from lowrank_train.optim.transform import Change, Rates, Slot, State, Transform, counter, multiply_, tensor_of
 
 
 def fits_fused(*tensors: Tensor) -> bool:
@@ -71,7 +71,7 @@ class Adam(Elementwise):
         factor, eps = self.factor_and_eps(step)
         if compressed.dtype in (torch.float32, torch.float64) and fits_fused(compressed, exp_avg, exp_avg_sq):
             quotient = torch.zeros_like(compressed)  # narrower numbers would round it once more than their product does
-            self._fused(quotient, compressed, state, -1.0, eps)
+            self._fused([quotient], [compressed], [state], -1.0, eps)
             return Dense(quotient, factor=factor)
         self.take_in(compressed, state)
         return RootQuotient(exp_avg, exp_avg_sq, eps, factor=factor)
@@ -102,26 +102,39 @@ class Adam(Elementwise):
         if extended or not fits_fused(*operands):
             super().apply(compressed, state, param, rates, decay, grad)
             return
-        step = state["step"] = counter(state, "step") + 1
+        self.apply_together([compressed], [state], [param], rates, decay)
+
+    def apply_together(
+        self,
+        compressed: list[Tensor],
+        states: list[State],
+        params: list[Tensor],
+        rates: Rates,
+        decay: Tensor | float = 0.0,
+    ) -> None:
+        """`apply` to tensors that have come to the same step and all fit torch's fused kernel, in one call of it."""
+        step = counter(states[0], "step") + 1
+        for state in states:
+            state["step"] = step
         factor, eps = self.factor_and_eps(step)
         decays = isinstance(decay, Tensor) or decay != 0
         if decays and self.weight_decay_first:
-            param.mul_(1 - decay)
-        self._fused(param, compressed, state, rates.lr * factor, eps)
+            multiply_(params, 1 - decay)
+        self._fused(params, compressed, states, rates.lr * factor, eps)
         if decays and not self.weight_decay_first:
-            param.mul_(1 - decay)
+            multiply_(params, 1 - decay)
 
-    def _fused(self, into: Tensor, gradient: Tensor, state: State, by: float, eps: float) -> None:
-        """The moments take in the gradient; into -= by * m / (sqrt(v) + eps)."""
-        step = counter(state, "step")
+    def _fused(self, into: list[Tensor], gradients: list[Tensor], states: list[State], by: float, eps: float) -> None:
+        """The moments take in the gradients; into -= by * m / (sqrt(v) + eps)."""
+        step = counter(states[0], "step")
         correction1, root2 = 1 - self.betas[0] ** step, math.sqrt(1 - self.betas[1] ** step)
         adamw(
-            [into],
-            [gradient],
-            [tensor_of(state, "exp_avg")],
-            [tensor_of(state, "exp_avg_sq")],
+            into,
+            gradients,
+            [tensor_of(state, "exp_avg") for state in states],
+            [tensor_of(state, "exp_avg_sq") for state in states],
             [],
-            [torch.full((), step - 1.0, device=into.device)],  # it counts one up itself
+            list(torch.full((len(into),), step - 1.0, device=into[0].device).unbind()),  # it counts one up itself
             fused=True,
             amsgrad=False,
             beta1=self.betas[0],

@@ -16,6 +16,7 @@ from lowrank_train.optim.exact_optimizer import ExactOptimizer, bytes_by_kind
 from lowrank_train.optim.groups import Group, listed
 from lowrank_train.optim.refusals import When, refuse_impossible
 from lowrank_train.optim.rounded_weights import RoundedWeights
+from lowrank_train.optim.together import step_small
 from lowrank_train.optim.transform import Rates, Slot, State, Transform
 from lowrank_train.optim.update_stats import UpdateStats, norm, total_norm
 
@@ -146,6 +147,7 @@ class TransformOptimizer(ExactOptimizer):
         shared = sum(transform.shared_bytes(group["params"]) for transform, group in pairs)
         return bytes_of | ({"shared": shared} if shared else {})
 
+    @torch.compiler.disable  # bases, counters and codes change: as a graph it would be compiled at every step
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -168,14 +170,13 @@ class TransformOptimizer(ExactOptimizer):
     def _take_step(self) -> None:
         """Everything that no hook has consumed, in the order of the groups."""
         self._measure_gradients()
-        clip_full = self.grad_clip is not None and self.clip_norm_of == "full"
-        clip_projected = self.grad_clip is not None and self.clip_norm_of == "projected"
-        factor = self._clip_factor(self._current.norms) if clip_full else 1.0
-        if clip_projected:
+        clips = None if self.grad_clip is None else self.clip_norm_of
+        factor = self._clip_factor(self._current.norms) if clips == "full" else 1.0
+        if clips == "projected":
             for param, _ in self._ready():
                 self._compress(param)
             factor = self._clip_factor(self._current.low_norms)
-        for param, group in self._ready():
+        for param, group in step_small(self, self._ready(), factor):
             self._update(param, group, factor)
         self._pending.clear()
         self._activity.advance(self._state)
@@ -241,20 +242,24 @@ class TransformOptimizer(ExactOptimizer):
         if factor != 1.0 and not transform.accumulates and param.grad is not None and param not in self._pending:
             param.grad.mul_(factor)  # before the error of earlier updates joins it, which clipping must not scale
             factor = 1.0
-        low = self._compress(param)
-        if factor != 1.0:
-            low.mul_(factor)
-            if transform.compresses and param.grad is not None and param.grad is not low:
-                param.grad.mul_(factor)
         rates = Rates(group["lr"], self.base_lr * group["lr_ratio"])
-        scale = transform.decay_scale(param) if group["weight_decay"] else 1.0
-        decay = rates.lr * group["weight_decay"] * scale
-        grad = param.grad if transform.needs_gradient else None
-        lost = self.rounded_weights.apply(transform, low, state, param, self.slots[param], rates, decay, grad)
-        self._current.count_lost(lost, param)
-        self._pending.pop(param, None)
+        decay = group["weight_decay"] and rates.lr * group["weight_decay"] * transform.decay_scale(param)
+        slot, whole = self.slots[param], None if param in self._pending else param.grad
+        low_norm = self.rounded_weights.at_once(transform, whole, state, param, slot, rates, decay, factor)
+        if low_norm is not None:
+            self._current.low_norms[slot.name] = low_norm
+        else:
+            low = self._compress(param)
+            if factor != 1.0:
+                low.mul_(factor)
+                if transform.compresses and param.grad is not None and param.grad is not low:
+                    param.grad.mul_(factor)
+            grad = param.grad if transform.needs_gradient else None
+            lost = self.rounded_weights.apply(transform, low, state, param, slot, rates, decay, grad)
+            self._current.count_lost(lost, param)
+            self._pending.pop(param, None)
         transform.settle(state, rates)
-        if transform.needs_gradient:
+        if transform.needs_gradient or low_norm is not None:
             param.grad = None  # it served as workspace
 
     def _register_hooks(self) -> None:

@@ -116,6 +116,23 @@ class Transform(ABC):
         if decays and not self.weight_decay_first:
             param.mul_(1 - decay)
 
+    def at_once(
+        self,
+        grad: Tensor,
+        state: State,
+        param: Tensor,
+        rates: Rates,
+        decay: Tensor | float,
+        grad_factor: float,
+        seed: int | None,
+    ) -> Tensor | None:
+        """compress() and apply() of grad_factor * grad in one, which may overwrite it; the norm of compress(grad).
+
+        seed: rounds bfloat16 and int8 weights at random, as lifted_update_ does; None: to the nearest.
+        None where the rule has no kernel for it on these tensors, or its basis is due to move: then nothing is done.
+        """
+        return None
+
     def decay_scale(self, param: Tensor) -> Tensor | float:
         """What the learning rate is multiplied by inside the rule, which weight decay follows."""
         return 1.0
@@ -157,3 +174,12 @@ def tensor_of(state: State, key: str) -> Tensor:
     value = state[key]
     assert isinstance(value, Tensor)
     return value
+
+
+def multiply_(tensors: list[Tensor], by: Tensor | float) -> None:
+    """Each in place; several in one launch, but for bfloat16, to which that would round the factor."""
+    if len(tensors) > 1 and tensors[0].dtype is not torch.bfloat16:
+        torch._foreach_mul_(tensors, by)
+        return
+    for tensor in tensors:
+        tensor.mul_(by)

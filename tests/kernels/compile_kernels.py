@@ -31,6 +31,8 @@ from lowrank_train.kernels.triton import (
     int8_update,
     lifted_update,
     projected_adam,
+    sparse_lowrank,
+    unit_columns,
 )
 
 CPU = torch.device("cpu")
@@ -79,6 +81,8 @@ def launch_codes(dtype: torch.dtype) -> None:
     matrix, narrow = torch.zeros(ROWS, COLUMNS, dtype=dtype), dtype is torch.bfloat16
     blockwise.quantize_blockwise(matrix, signed=not narrow, keep_nonzero=narrow)
     blockwise.dequantize_blockwise(*codes(), signed=True)
+    half = blockwise.quantize_blockwise(matrix, signed=narrow, bits=4, spacing="linear", block=128)
+    blockwise.dequantize_blockwise(*half, signed=narrow, bits=4, spacing="linear", block=128, shape=matrix.shape)
     affine.quantize_affine(matrix, bits=8, uniform=torch.zeros(ROWS, COLUMNS))
     for bits in () if narrow else (4, 8):
         affine.quantize_affine(matrix, bits=bits)
@@ -131,8 +135,12 @@ def launch_lifts(dtype: torch.dtype) -> None:
         lifted_update.lifted_update_(weight, small, left.to(dtype), side="left", residual=None, seed=2**62, **options)
 
 
+def projection() -> dict[str, Any]:
+    return {"betas": (0.9, 0.999), "eps": 1e-8, "grad_factor": 1.0, "keep_nonzero": True}
+
+
 def launch_projections(dtype: torch.dtype) -> None:
-    grad, options = torch.zeros(ROWS, COLUMNS, dtype=dtype), {"betas": (0.9, 0.999), "eps": 1e-8, "keep_nonzero": True}
+    grad, options = torch.zeros(ROWS, COLUMNS, dtype=dtype), projection()
     right, left, low = torch.zeros(COLUMNS, RANK), torch.zeros(ROWS, RANK), torch.zeros(ROWS, RANK)
     for coded in (True, False) if dtype is torch.bfloat16 else (False,):
         moment = (low.byte(), torch.zeros(ROWS * RANK // 256)) if coded else low
@@ -140,6 +148,35 @@ def launch_projections(dtype: torch.dtype) -> None:
     if dtype is torch.bfloat16:
         moment = torch.zeros(RANK, COLUMNS, dtype=torch.uint8), torch.zeros(RANK * COLUMNS // 256)
         projected_adam.projected_adam(grad, left, moment, moment, side="left", block=256, keep_low=False, **options)
+
+
+def launch_sparse_layers(dtype: torch.dtype) -> None:
+    second, first = torch.zeros(ROWS, RANK, dtype=dtype), torch.zeros(RANK, COLUMNS, dtype=dtype)
+    weight = first, second, torch.zeros(9, dtype=dtype), torch.arange(9, dtype=torch.int32)
+    grad, x = torch.zeros(64, ROWS, dtype=dtype), torch.zeros(64, COLUMNS, dtype=dtype)
+    sparse_lowrank.dense_matrix(*weight)
+    sparse_lowrank.sparse_lowrank_product(x, *weight, second[:, 0].contiguous(), input_gradient=False)
+    sparse_lowrank.sparse_lowrank_product(grad, *weight, None, input_gradient=True)
+    sparse_lowrank.sampled_product(grad, x, weight[3])
+    unit_columns.unit_columns_(second)
+
+
+def launch_other_tiles() -> None:
+    """Every tile that a kernel may choose but the first, with which it is launched anyway."""
+
+    def others(kernel: str, bucket: str, candidates: Any, device: Any, changed: Any, run: Any) -> Any:
+        for tiles in candidates[1:]:
+            run(tiles, changed)
+        return candidates[0]
+
+    matrix, right, low = torch.zeros(ROWS, COLUMNS).bfloat16(), torch.zeros(COLUMNS, RANK), torch.zeros(ROWS, RANK)
+    moment = low.byte(), torch.zeros(ROWS * RANK // 256)
+    chosen, lifted_update.chosen, projected_adam.chosen = lifted_update.chosen, others, others
+    lift: dict[str, Any] = {"side": "right", "factor": 1.0, "decay": 0.1, "decay_first": True, "group": 256}
+    lifted_update.lifted_update_(matrix, low, right, residual=None, seed=None, **lift)
+    project: dict[str, Any] = {"side": "right", "block": 256, "keep_low": False, **projection()}
+    projected_adam.projected_adam(matrix, right, moment, moment, **project)
+    lifted_update.chosen = projected_adam.chosen = chosen
 
 
 def kernels() -> dict[str, JITFunction]:
@@ -166,11 +203,14 @@ def main() -> None:
             launch_products(dtype)
             launch_projections(dtype)
             launch_lifts(dtype)
+            launch_sparse_layers(dtype)
         assert {name for name, _ in compiled} == set(kernels()), "each kernel is launched here"
-        for name, kernel in compiled:
+        first = len(compiled)
+        launch_other_tiles()
+        for number, (name, kernel) in enumerate(compiled):
             assert {"ptx", "cubin"} <= set(kernel.asm)
             row = {"kernel": name, "capability": capability, "shared": kernel.metadata.shared, "limit": limit}
-            print(json.dumps(row), flush=True)
+            print(json.dumps(row | {"first": number < first}), flush=True)
 
 
 if __name__ == "__main__":

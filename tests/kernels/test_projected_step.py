@@ -37,17 +37,19 @@ def product(low: Tensor, basis: Tensor, side: Side) -> Product:
 def test_projected_adam_moves_moments_as_adam_does(shape: tuple[int, int, int], side: Side) -> None:
     rows, columns, rank = shape
     grad, basis = numbers(rows, columns), numbers(columns if side == "right" else rows, rank, seed=1)
-    low = grad @ basis if side == "right" else basis.T @ grad
+    low = 0.5 * (grad @ basis if side == "right" else basis.T @ grad)
     rule = Adam(betas=(0.8, 0.95))
     state: State = {"step": 3, "exp_avg": numbers(*low.shape, seed=2), "exp_avg_sq": numbers(*low.shape, seed=3) ** 2}
     first, second = tensor_of(state, "exp_avg").clone(), tensor_of(state, "exp_avg_sq").clone()
     rule.take_in(low, state)
-    made, kept = projected_adam(grad, basis, first, second, side=side, betas=(0.8, 0.95), eps=0.1, keep_low=True)
+    options = {"side": side, "betas": (0.8, 0.95), "eps": 0.1, "grad_factor": 0.5}
+    made, kept, norm = projected_adam(grad, basis, first, second, keep_low=True, **options)
     torch.testing.assert_close(first, tensor_of(state, "exp_avg"), **EXACT)
     torch.testing.assert_close(second, tensor_of(state, "exp_avg_sq"), **EXACT)
     torch.testing.assert_close(kept, low, **EXACT)
+    torch.testing.assert_close(norm, low.square().sum().sqrt(), **EXACT)
     assert isinstance(made, AdamDirection) and made.exp_avg is first and made.exp_avg_sq is second
-    assert projected_adam(grad, basis, first, second, side=side, betas=(0.8, 0.95), eps=0.1)[1] is None
+    assert projected_adam(grad, basis, first, second, **options).low is None
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

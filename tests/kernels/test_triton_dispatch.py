@@ -131,7 +131,7 @@ def test_projected_step(launched: Callable[[Any, str], list[str]]) -> None:
     kernels = lowrank_train.kernels.triton
     calls = launched(kernels.projected_adam, "projected_adam"), launched(kernels.lifted_update, "lifted_update_")
     weight, first, second = there(param), there(torch.zeros(60, 8)), there(torch.zeros(60, 8))
-    direction, low = projected_adam.projected_adam(
+    direction, low, _ = projected_adam.projected_adam(
         there(grad), there(basis), first, second, side="right", betas=(0.9, 0.99), eps=1e-3, keep_low=True
     )
     assert low is not None

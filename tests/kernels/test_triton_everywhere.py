@@ -44,7 +44,7 @@ def test_kernels_compile_for_every_card(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     launches = Counter(row["capability"] for row in rows)
     assert set(launches) == {80, 89, 90} and len(set(launches.values())) == 1
-    assert not [row for row in rows if row["shared"] > row["limit"]]
+    assert not [row for row in rows if row["first"] and row["shared"] > row["limit"]]  # others are passed over then
 
 
 def test_without_triton_everything_is_in_plain_torch() -> None:

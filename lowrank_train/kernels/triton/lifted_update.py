@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from lowrank_train.kernels.triton.affine import encoded
 from lowrank_train.kernels.triton.int8_update import int8_update_
 from lowrank_train.kernels.triton.products import INTERPRETED, index_type, precision, product
 from lowrank_train.kernels.triton.rounding import noise_of, random_bfloat16, rounded
+from lowrank_train.kernels.triton.tuning import Tiles, chosen, rounded_up
 
 
 @triton.jit
@@ -151,13 +153,21 @@ def lifted_update_(
         int8_update_(param, change, factor=1.0, decay=decay, decay_first=decay_first, group=group, seed=seed)
 
 
-def tile(narrow: bool, group: int | None, two_sums: bool) -> tuple[int, int, int, int]:
-    """ROWS, COLUMNS, RANK and warps: as large as the registers allow, where the columns may be given."""
+def tiles(narrow: bool, group: int | None, two_sums: bool) -> list[Tiles]:
+    """ROWS, COLUMNS and RANK: as large as the registers allow, where the columns may be given.
+
+    All of one list sum up over RANK numbers at a time. Beside the first, which suits data centre cards, there are
+    smaller ones for cards with less shared memory and fewer registers in flight.
+    """
     numbers, warps = (16384, 8) if narrow else (2048, 4)
     if narrow and (two_sums or group is not None):  # what is decoded takes registers of its own
         numbers //= 2
     columns = group or (128 if narrow else 64)
-    return min(128, max(16, numbers // columns)), columns, 32, warps
+    first = Tiles((min(128, max(16, numbers // columns)), columns, 32), warps, 3)
+    if not narrow or group is not None:
+        return [first, first._replace(stages=2), first._replace(stages=4)]
+    others = [Tiles((128, 64, 32), 4, 3), Tiles((64, 128, 32), 4, 3), Tiles((64, 64, 32), 4, 4)]
+    return [first, first._replace(stages=2), *(one for one in others if one.sizes != first.sizes)]
 
 
 def _launch(
@@ -185,12 +195,11 @@ def _launch(
         low, line = (numerator if part is None else part for part in (residual.low, residual.line))
     assert numerator.stride() == square.stride() == low.stride(), "they are read by the same places"
     of_line = [0 if length == 1 else stride for length, stride in zip(line.shape, line.stride(), strict=True)]
-    by = tile(dtype is not torch.float32, group if coded is not None else None, kind == "sign")
-    with torch.cuda.device_of(weight):
-        lifted_update_kernel[(triton.cdiv(shape[0], by[0]), triton.cdiv(shape[1], by[1]))](
-            weight,
-            weight if coded is None else coded.scale,
-            weight if coded is None else coded.zero,
+    of_moments, at_random = square is not numerator, seed is not None and weight.dtype in (torch.bfloat16, torch.uint8)
+
+    def run(by: Tiles, into: Sequence[Tensor]) -> None:
+        lifted_update_kernel[(triton.cdiv(shape[0], by.sizes[0]), triton.cdiv(shape[1], by.sizes[1]))](
+            *into,
             left,
             right,
             square,
@@ -209,14 +218,22 @@ def _launch(
             seed or 0,
             coded is not None,
             side == "right",
-            square is not numerator,
+            of_moments,
             kind,
             decay_first,
-            seed is not None and weight.dtype in (torch.bfloat16, torch.uint8),
+            at_random,
             index_type(weight, left, right),
             DTYPES[dtype],
             precision(),
             INTERPRETED,
-            *by[:3],
-            num_warps=by[3],
+            *by.sizes,
+            num_warps=by.warps,
+            num_stages=by.stages,
         )
+
+    changed = [weight, weight, weight] if coded is None else [weight, coded.scale, coded.zero]
+    candidates = tiles(dtype is not torch.float32, group if coded is not None else None, kind == "sign")
+    bucket = f"{dtype} {weight.dtype} {numerator.dtype} {side} {kind} {of_moments} {at_random} {len(candidates)}"
+    sizes = "x".join(str(rounded_up(size)) for size in (*shape, basis.shape[1]))
+    with torch.cuda.device_of(weight):
+        run(chosen("lifted_update", f"{bucket} {sizes}", candidates, weight.device, changed, run), changed)

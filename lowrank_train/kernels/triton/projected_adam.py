@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from lowrank_train.kernels.blockwise import code_book, nearest_codes
 from lowrank_train.kernels.lifted_update import AdamDirection
-from lowrank_train.kernels.projected_adam import Moment
+from lowrank_train.kernels.projected_adam import Moment, Projected
 from lowrank_train.kernels.triton.adam_8bit import adam_8bit_step
 from lowrank_train.kernels.triton.blockwise import decoded, encoded
 from lowrank_train.kernels.triton.products import INTERPRETED, index_type, precision, product
 from lowrank_train.kernels.triton.rounding import rounded
+from lowrank_train.kernels.triton.tuning import Tiles, chosen, rounded_up
 
 
 @triton.jit
@@ -28,6 +30,7 @@ def projected_adam_kernel(
     second_largest_ptr: tl.tensor,
     direction_ptr: tl.tensor,
     low_ptr: tl.tensor,
+    squares_ptr: tl.tensor,  # one for each tile: the sum of the squares of the small gradient
     signed_book_ptr: tl.tensor,
     signed_nearest_ptr: tl.tensor,
     signed_upper_ptr: tl.tensor,
@@ -45,6 +48,7 @@ def projected_adam_kernel(
     beta2: tl.float32,
     new2: tl.float32,  # 1 - b2
     eps: tl.float32,
+    grad_factor: tl.float32,
     GRADIENT_IS_LEFT: tl.constexpr,
     MOMENTS: tl.constexpr,  # "codes", "tensors", or "none": then the small gradient alone is made
     KEEP_NONZERO: tl.constexpr,
@@ -75,6 +79,8 @@ def projected_adam_kernel(
         right = tl.load(right_ptr + rights, (inner < summed)[:, None] & is_column, other=0.0).to(tl.float32)
         low = product(rounded(left, kind), rounded(right, kind), low, PRECISION, WIDEN)
 
+    low *= grad_factor
+    tl.store(squares_ptr + row_tile * tl.cdiv(columns, COLUMNS) + column_tile, tl.sum(low * low))  # 0 beyond the edges
     places, inside = row[:, None] * columns + column[None, :], is_row & is_column
     if KEEP_LOW:
         tl.store(low_ptr + places, low, inside)
@@ -126,6 +132,19 @@ def tile(rows: int, columns: int, block: int | None, narrow: bool) -> tuple[int,
     return (down, across) if down >= 16 else None
 
 
+def tiles(by: tuple[int, int], block: int | None) -> list[Tiles]:
+    """What to choose from, with SUMMED numbers at a time added up: the tile, and half of it with half the warps."""
+    first, (down, across) = Tiles((*by, 32), 8, 3), by
+    half = Tiles((down // 2, across, 32), 4, 3)
+    fits = down >= 32 and (block is None or across == block or down // 2 * across % block == 0)
+    return [
+        first,
+        first._replace(stages=2),
+        first._replace(stages=4),
+        *([half, half._replace(stages=4)] if fits else []),
+    ]
+
+
 def projected_adam(
     grad: Tensor,
     basis: Tensor,
@@ -135,10 +154,11 @@ def projected_adam(
     side: Literal["left", "right"],
     betas: tuple[float, float],
     eps: float,
+    grad_factor: float,
     block: int,
     keep_nonzero: bool,
     keep_low: bool,
-) -> tuple[Tensor | AdamDirection, Tensor | None]:
+) -> Projected:
     left, right = (grad, basis) if side == "right" else (basis.T, grad)
     rows, columns, coded = left.shape[0], right.shape[1], isinstance(first, tuple)
     narrow = grad.dtype is not torch.float32
@@ -155,17 +175,17 @@ def projected_adam(
         for signed in (True, False)
         for table in (code_book(signed, grad.device), *nearest_codes(signed, grad.device))
     ]
-    grid = triton.cdiv(rows, by[0]), triton.cdiv(columns, by[1])
-    with torch.cuda.device_of(grad):
+
+    def run(by: Tiles, into: Sequence[Tensor]) -> Tensor:
+        grid = triton.cdiv(rows, by.sizes[0]), triton.cdiv(columns, by.sizes[1])
+        squares = torch.empty(grid, device=grad.device)
         projected_adam_kernel[grid[::-1] if side == "right" else grid](
             left,
             right,
-            parts[0][0],
-            parts[1][0],
-            parts[0][1],
-            parts[1][1],
+            *into,
             direction,
             direction if low is None else low,
+            squares,
             *tables,
             rows,
             columns,
@@ -176,6 +196,7 @@ def projected_adam(
             betas[1],
             1 - betas[1],
             eps,
+            grad_factor,
             side == "right",
             moments,
             keep_nonzero,
@@ -184,12 +205,21 @@ def projected_adam(
             index_type(left, right),
             precision(),
             INTERPRETED,
-            *by,
-            32,
-            num_warps=8,
+            *by.sizes,
+            num_warps=by.warps,
+            num_stages=by.stages,
         )
+        return squares
+
+    candidates = tiles(by, block if moments == "codes" else None)
+    bucket = f"{grad.dtype} {basis.dtype} {parts[0][0].dtype} {side} {moments} {keep_low} {block} {by}"
+    sizes = "x".join(str(rounded_up(size)) for size in (rows, columns, left.shape[1]))
+    changed = [parts[0][0], parts[1][0], parts[0][1], parts[1][1]]
+    with torch.cuda.device_of(grad):
+        squares = run(chosen("projected_adam", f"{bucket} {sizes}", candidates, grad.device, changed, run), changed)
+    norm = squares.sum().sqrt()
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return AdamDirection(first, second, eps), low
+        return Projected(AdamDirection(first, second, eps), low, norm)
     if moments == "none" and isinstance(first, tuple) and isinstance(second, tuple) and low is not None:
         adam_8bit_step(
             direction.zero_(),
@@ -205,4 +235,4 @@ def projected_adam(
             keep_nonzero=keep_nonzero,
             seed=None,
         )
-    return direction, low
+    return Projected(direction, low, norm)
