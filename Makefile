@@ -18,7 +18,7 @@ STAMP := .venv/.installed
 # Two processes, one thread each: a file's tests stay together, so that its fixtures are made once.
 PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test check lint format types gpu-test bench clean
+.PHONY: help setup demo test check lint format types gpu-test bench docs clean
 
 help: ## list the commands
 	@echo "lowrank_train: train language models in little memory"
@@ -63,6 +63,10 @@ gpu-test: $(STAMP) ## run the tests that need a GPU
 bench: $(STAMP) ## time the optimizer step and the refresh of the subspace
 	$(VENV_PYTHON) -m benchmarks.step_time
 	$(VENV_PYTHON) -m benchmarks.refresh
+
+docs: $(STAMP) ## write the pages that are made, not typed: results, and the plan in README.md
+	$(VENV_PYTHON) -m benchmarks.results_page
+	$(VENV_PYTHON) -m benchmarks.plan_page
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info build dist

@@ -15,6 +15,7 @@ from lowrank_train.config.strategy_checks import (
     value_of,
     world_size,
 )
+from lowrank_train.config.weights_checks import TASKS_THAT_TRAIN
 
 __all__ = ["TASKS_WITH_RUN", "cross_checks", "micro_batches", "world_size"]
 
@@ -83,7 +84,7 @@ def cross_checks(config: RunConfig) -> list[str]:
     faults = [*out_of_bounds, *_task(config), *_data(config), *_precision(config)]
     if not out_of_bounds:  # what follows divides by these numbers
         faults += _model(config)
-    if config.task == "train" and not faults:
+    if config.task in TASKS_THAT_TRAIN and not faults:
         faults += [
             *_batch(config),
             *_restarts(config),
@@ -117,6 +118,8 @@ def _task(config: RunConfig) -> Iterator[str]:
     if config.task in TASKS_WITH_RUN and config.run is None:
         yield f"run: task={config.task} needs run=FOLDER, a run folder or a Hugging Face folder"
     if config.task in ("export", "data_prepare") and config.out is None:
+    if config.fit and config.card is None and config.budget_gb is None:
+        yield "fit=true: needs what it is to fit; give card=NAME, such as card=4090, or budget_gb=24"
         yield f"out: task={config.task} needs out=FOLDER, the folder to write"
     if config.task == "train":
         if config.run is not None:

@@ -168,7 +168,8 @@ class RunConfig:
     out: str | None = None  # export, data prepare: the folder to write
     card: str | None = None  # plan: the card to judge, such as 4090; null: all that are known
     budget_gb: float | None = None  # plan: in place of a card, what all of the process may take; GB are 10^9 bytes
-    format: Literal["table", "json"] = "table"  # plan
+    fit: bool = False  # plan: find what fits the card or the budget
+    format: Literal["table", "json"] = "table"  # plan, doctor
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

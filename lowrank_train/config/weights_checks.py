@@ -8,6 +8,7 @@ from lowrank_train.config.schema import Part, RunConfig
 from lowrank_train.config.shapes import smallest_side
 
 THINNED = ("zero", "random", "magnitude")
+TASKS_THAT_TRAIN = ("train", "plan")  # a plan is of a run that would be refused otherwise
 
 
 def weights_faults(config: RunConfig) -> Iterator[str]:
@@ -28,18 +29,23 @@ def weights_faults(config: RunConfig) -> Iterator[str]:
     if config.model.tie_word_embeddings and "*" in _modules(strategy.weights):
         yield "strategy.weights.modules=[*]: takes in the head, which shares the embedding's matrix; name the modules"
     heads, rows = strategy.weights.get("heads"), config.trainer.batch_size
-    if config.task == "train" and isinstance(heads, int) and heads > 0 and rows % heads:
+    if config.task in TASKS_THAT_TRAIN and isinstance(heads, int) and heads > 0 and rows % heads:
         yield (
             f"trainer.batch_size={rows}: cannot be cut into equal parts for strategy.weights.heads={heads}; use a "
             f"multiple of {heads}, such as {(rows // heads + 1) * heads}"
         )
     devices = config.trainer.devices * config.trainer.num_nodes
-    if config.task == "train" and strategy.weights.get("across_ranks") and devices > 1 and config.optim.grad_clip:
+    if (
+        config.task in TASKS_THAT_TRAIN
+        and strategy.weights.get("across_ranks")
+        and devices > 1
+        and config.optim.grad_clip
+    ):
         yield (
             f"optim.grad_clip={config.optim.grad_clip:g}: with strategy.weights.across_ranks=true each device has "
             "gradients of its own, whose norm would clip what all share differently on each; use optim.grad_clip=null"
         )
-    if strategy.merge is not None and config.task == "train":
+    if strategy.merge is not None and config.task in TASKS_THAT_TRAIN:
         yield from _merge(config, strategy.merge)
 
 

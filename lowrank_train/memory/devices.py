@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
 import resource
 import sys
@@ -33,6 +35,7 @@ PEAK_BF16_FLOPS: tuple[tuple[str, float, str], ...] = (
     (r"NVIDIA RTX 6000 Ada Generation", 364.2e12, "NVIDIA Ada GPU architecture whitepaper"),
     (r"NVIDIA GeForce RTX 3090", 71e12, "NVIDIA Ampere GA102 whitepaper, table 9"),
     (r"NVIDIA GeForce RTX 3090 Ti", 80e12, "NVIDIA Ada GPU architecture whitepaper, table 2"),
+    (r"NVIDIA GeForce RTX 4080", 97.5e12, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
     (r"NVIDIA GeForce RTX 4090", 165.2e12, "NVIDIA Ada GPU architecture whitepaper, table 2"),
     (r"NVIDIA GeForce RTX 5090", 209.5e12, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
 )
@@ -66,7 +69,7 @@ def memory_now_bytes(device: torch.device) -> int:
 
 
 def memory_peak_bytes(device: torch.device) -> int:
-    """The largest such use since the process began."""
+    """The largest such use since the process began, or since it was last forgotten."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not getrusage's ru_maxrss where it can be helped: a child process inherits its parent's peak there.
@@ -76,3 +79,19 @@ def memory_peak_bytes(device: torch.device) -> int:
         return int(found.group(1)) * 1024
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kibibytes on Linux, bytes on macOS (getrusage(2))
     return usage if sys.platform == "darwin" else usage * 1024
+
+
+def forget_memory_peak(device: torch.device) -> None:
+    """Let the peak count from now on, where the system can: main memory's alone on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+
+def free_unused(device: torch.device) -> None:
+    """Give back what nobody uses any more, objects that hold each other included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

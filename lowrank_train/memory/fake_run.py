@@ -64,6 +64,7 @@ def optimizer_for(config: RunConfig, strategy: Strategy, model: PreTrainedModel)
         grad_clip=config.optim.grad_clip,
         clip_norm_of=config.optim.clip_norm_of,
         micro_batches=micro_batches(config),
+        count_lost_updates=config.precision.count_lost_updates,
     )
 
 
@@ -92,6 +93,14 @@ def fake_run(config: RunConfig, vocab_size: int, layers: int | None = None) -> F
             gc.enable()
 
 
+def make_bases_due(optimizer: TransformOptimizer) -> bool:
+    """Make the next update one that moves every basis; False where there is none that moves."""
+    for state in optimizer.state.values():
+        if "refresh_at" in state:  # the clock of every subspace
+            state["refresh_at"] = 0
+    return any(optimizer.transform_of[param].refresh_due(state) for param, state in optimizer.state.items())
+
+
 class _Life:
     """The phases, in the order in which a run meets them."""
 
@@ -113,7 +122,7 @@ class _Life:
         with self._remarked("the updates"):
             self.update(FIRST)
             self.update(PLAIN)
-            if self._bases_are_due():
+            if make_bases_due(self.optimizer):
                 self.update(MOVING)
         for event in self.strategy.events:
             with self._remarked(f"the event {event.name}"):
@@ -158,14 +167,6 @@ class _Life:
         self.watch.seen.moments[f"{phase}: gradients{suffix}"] = sum(g.numel() * g.element_size() for g in grads)
         del loss, loss_sum
         self.watch.begin(f"{phase}: step")
-
-    def _bases_are_due(self) -> bool:
-        """Make the next update one that moves every basis; False where there is none that moves."""
-        optimizer = self.optimizer
-        for state in optimizer.state.values():
-            if "refresh_at" in state:  # the clock of every subspace
-                state["refresh_at"] = 0
-        return any(optimizer.transform_of[param].refresh_due(state) for param, state in optimizer.state.items())
 
     def _batch(self) -> dict[str, Tensor]:
         """A micro-batch of full rows, every position of which is a target: the most that rows of this length hold."""

@@ -102,10 +102,7 @@ def planned(config: RunConfig, card: Card | None = None) -> Plan:
     """Count what is kept, and follow a run through all its phases with fake tensors."""
     remarks: list[str] = []
     vocab_size = vocabulary(config, remarks)
-    model, strategy = prepared(config, vocab_size)
-    optimizer = optimizer_for(config, strategy, model)
-    optimizer.initialize()
-    kept = weights_by_kind(model) | {f"state.{kind}": count for kind, count in optimizer.state_bytes().items()}
+    model, kept = kept_bytes(config, vocab_size)
     watched, complete = followed(config, vocab_size, model, remarks)
     remarks += cautions(config)
     phases = highest(watched)
@@ -143,6 +140,14 @@ def planned(config: RunConfig, card: Card | None = None) -> Plan:
         asked=card is not None,
         remarks=remarks,
     )
+
+
+def kept_bytes(config: RunConfig, vocab_size: int) -> tuple[PreTrainedModel, dict[str, int]]:
+    """The model on meta, and by kind what stays between two updates: weights, buffers, state."""
+    model, strategy = prepared(config, vocab_size)
+    optimizer = optimizer_for(config, strategy, model)
+    optimizer.initialize()
+    return model, weights_by_kind(model) | {f"state.{kind}": n for kind, n in optimizer.state_bytes().items()}
 
 
 def vocabulary(config: RunConfig, remarks: list[str]) -> int:

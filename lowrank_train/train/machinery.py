@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lowrank_train.config.errors import EXIT_OUT_OF_MEMORY, RunStopped, UserError
 from lowrank_train.config.schema import RunConfig, TrainerConfig
+from lowrank_train.memory.out_of_memory import is_out_of_memory, obituary, phase_of
 from lowrank_train.report.console import Console, WarningsToConsole
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
 from lowrank_train.train.module import CausalLanguageModule
@@ -119,8 +120,11 @@ def build_trainer(
 
 
 @contextlib.contextmanager
-def explained_failures(config: RunConfig, module: CausalLanguageModule) -> Iterator[None]:
-    """Out of memory as a RunStopped with remedies; Lightning's exit after Ctrl-C as the KeyboardInterrupt it was."""
+def explained_failures(config: RunConfig, module: CausalLanguageModule | None = None) -> Iterator[None]:
+    """Out of memory as a RunStopped with remedies; Lightning's exit after Ctrl-C as the KeyboardInterrupt it was.
+
+    `module`: None while it is not built yet.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -133,33 +137,13 @@ def explained_failures(config: RunConfig, module: CausalLanguageModule) -> Itera
         raise
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """On a GPU, or of main memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def out_of_memory_text(config: RunConfig, module: CausalLanguageModule, error: BaseException) -> str:
-    """What happened, what is saved, and what needs less memory, cheapest first, with this run's own values."""
-    settings, saved = config.trainer, module.last_checkpoint_step
-    remedies = []
-    if settings.batch_size > 1:
-        total = settings.total_batch_size or settings.batch_size * settings.devices * settings.num_nodes
-        remedies.append(
-            f"trainer.batch_size={settings.batch_size // 2} trainer.total_batch_size={total}: the same update in "
-            "smaller pieces"
-        )
-    if not config.model.activation_checkpointing:
-        remedies.append("model.activation_checkpointing=true: recomputes each layer, about a third more compute")
-    if config.model.loss_chunk_tokens == 0 or config.model.loss_chunk_tokens > 256:
-        remedies.append("model.loss_chunk_tokens=256: fewer logits at a time")
-    if config.strategy.subspace is not None and config.strategy.when == "after_backward":
-        remedies.append("strategy.when=project_in_backward: frees each full gradient at once")
-    if config.precision.weights == "float32":
-        remedies.append("precision=bf16: half the bytes of weights, gradients and state")
+def out_of_memory_text(config: RunConfig, module: CausalLanguageModule | None, error: BaseException) -> str:
+    """What happened in which phase, what is saved, what was held, and what needs less, planned for this run."""
     first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-    return "\n".join([
-        f"out of memory during {module.phase}, after {module.updates_done:,} updates: {first_line}",
-        f"The last checkpoint is of step {saved:,}." if saved else "There is no checkpoint yet.",
-        "What needs less:",
-        *(f"  {remedy}" for remedy in remedies),
-    ])  # fmt: skip
+    phase = f"out of memory ({phase_of(error)}"
+    if module is None:
+        return f"{phase}): {first_line}\n{obituary(config, None, None)}"
+    saved = module.last_checkpoint_step
+    kept = f"The last checkpoint is of step {saved:,}; it is kept." if saved else "There is no checkpoint yet."
+    held = obituary(config, module.model, module.optimizer)
+    return f"{phase}, after {module.updates_done:,} updates): {first_line}\n{kept}\n{held}"

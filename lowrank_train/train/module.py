@@ -74,7 +74,6 @@ class CausalLanguageModule(L.LightningModule):
         self.saved_random_state: dict[str, Any] | None = None
         self.last_checkpoint_step: int | None = None
         self.updates_done = 0
-        self.phase = "training"  # or "evaluation", "saving": what an out-of-memory error interrupted
         self._batches = batches
         self._position: dict[str, Any] | None = None  # after the last micro-batch that was trained on
         self._saved_positions: list[dict[str, Any]] | None = None  # of every rank

@@ -194,9 +194,7 @@ class Recorder(L.Callback):
 
     def _evaluate_into(self, row: dict[str, Any], trainer: L.Trainer, module: CausalLanguageModule) -> None:
         watch = Stopwatch()
-        module.phase = "evaluation"
         found = self._evaluate(trainer, module)
-        module.phase = "training"
         self._evaluation_sec = watch.end_lap()
         module.counters.evaluation = {"step": row["step"], **asdict(found)}
         row["val/loss"], row["val/perplexity"] = found.loss, found.perplexity

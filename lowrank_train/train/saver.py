@@ -67,9 +67,7 @@ class Saver(L.Callback):
 
     def _save(self, trainer: L.Trainer, module: CausalLanguageModule, *, must_succeed: bool) -> None:
         path = checkpoint_folder(self._folder, self._step)
-        module.phase = "saving"
         trainer.save_checkpoint(path, weights_only=False)
-        module.phase = "training"
         if not module.any_rank(self._checkpoints.failure is not None):
             module.last_checkpoint_step = self._step
             if trainer.is_global_zero:

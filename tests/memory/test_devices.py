@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
-from lowrank_train.memory.devices import device_name, memory_now_bytes, memory_peak_bytes, peak_bf16_flops
+from lowrank_train.memory.devices import (
+    device_name,
+    forget_memory_peak,
+    memory_now_bytes,
+    memory_peak_bytes,
+    peak_bf16_flops,
+)
 
 CPU = torch.device("cpu")
 
@@ -54,3 +62,14 @@ def test_memory_of_a_gpu_is_that_of_its_tensors() -> None:
     block = torch.ones(1 << 20, device=device)
     assert memory_now_bytes(device) - before == block.numel() * 4
     assert memory_peak_bytes(device) >= memory_now_bytes(device)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
+def test_a_forgotten_peak_counts_from_now_on() -> None:
+    """400 MB come and go, in one piece that the system takes back at once; half of it is room for everything else."""
+    held = torch.ones(100_000_000)
+    before = memory_peak_bytes(CPU)
+    del held
+    assert memory_peak_bytes(CPU) > before - 100_000_000
+    forget_memory_peak(CPU)
+    assert memory_now_bytes(CPU) * 0.99 <= memory_peak_bytes(CPU) < before - 200_000_000

@@ -40,6 +40,7 @@ CASES = {
     "sst": ("strategy=sst", "strategy.weights.rank=8"),
     "lora": ("strategy=lora", "strategy.weights.rank=8"),
     "q8": ("strategy=galore_8bit", *SMALL_RANK),
+    "q_galore": ("strategy=q_galore", *SMALL_RANK),
     "bf16": ("strategy=galore", *SMALL_RANK, "precision=bf16"),
     "accumulated": ("strategy=galore", *SMALL_RANK, "trainer.total_batch_size=6"),
     "in_backward": ("strategy=galore", *SMALL_RANK, "strategy.when=in_backward"),
@@ -243,3 +244,10 @@ def test_what_cannot_be_followed_is_not_called_fitting(monkeypatch: pytest.Monke
     assert plan.verdicts[0].fits is None
     assert any("an evaluation: not run" in remark and "aten.unique" in remark for remark in plan.remarks)
     assert planned(configured("strategy=full"), chosen_card(None, 0.1)).verdicts[0].fits is False
+
+
+def test_the_plan_in_the_docs_is_what_the_command_prints() -> None:
+    """No figure in it is typed; `python -m benchmarks.plan_page` writes it anew."""
+    from benchmarks.plan_page import PAGE, printed
+
+    assert PAGE.read_text(encoding="utf-8") == printed()
