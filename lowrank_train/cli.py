@@ -74,6 +74,21 @@ VERBS = (
         "data=c4 out=FOLDER",
     ),
 )
+    Verb(
+        "doctor",
+        "doctor",
+        "lowrank_train.doctor.command:doctor",
+        "what of this machine is ready for training",
+        "format=json",
+    ),
+    Verb(
+        "compare",
+        "compare",
+        "lowrank_train.report.compare:compare",
+        "runs side by side, and beside a paper's table",
+        "runs/* paper=galore_table2",
+    ),
+    Verb("card", "card", "lowrank_train.report.page:card", "make a run's card.html anew", "runs/NAME"),
 
 ENVIRONMENT = {
     # Threads that spin while they wait make a step tens of times slower as soon as anything else runs.

@@ -18,7 +18,7 @@ FLOORS = [
     {"kernels", "config", "data", "checkpoint"},
     {"optim", "nn", "models"},
     {"strategy", "strategy_checks", "reparametrising", "published", "evaluate", "export"},
-    {"memory", "report", "explain"},
+    {"memory", "report", "explain", "doctor"},
     {"train"},
     {"cli"},
 ]

@@ -159,10 +159,13 @@ class GenerateConfig:
 class RunConfig:
     """One invocation of the program."""
 
-    task: Literal["train", "explain", "plan", "export", "evaluate", "generate", "data_prepare"] = "train"
+    task: Literal[
+        "train", "explain", "plan", "export", "evaluate", "generate", "data_prepare", "doctor", "compare", "card"
+    ] = "train"  # fmt: skip
     run_name: str | None = None  # null: <model>-<strategy>-<data>
     output_dir: str = "runs"
     resume: str = "auto"  # auto | false | a checkpoint or run folder
+    rehearse: bool | Literal["auto"] = "auto"  # every phase once before training; auto: for runs beyond an hour
     seed: int = 42
     run: str | None = None  # export, generate, evaluate: a run folder or a Hugging Face folder
     out: str | None = None  # export, data prepare: the folder to write

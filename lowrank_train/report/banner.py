@@ -76,3 +76,8 @@ def model_sentence(name: str, parameters: int, trainable: int, weights_bytes: in
     """Size of the model in one line."""
     share = "" if trainable == parameters else f", {format_count(trainable)} of them trained"
     return f"{name}: {format_count(parameters)} parameters{share}, {format_bytes(weights_bytes)} in {dtype}"
+
+
+def phase_line(name: str, seconds: float, peak_bytes: int, note: str) -> str:
+    """One phase of a rehearsal: how long it took, and the most memory in use meanwhile."""
+    return f"  {name:<22}  {seconds:>7.1f} s  {format_bytes(peak_bytes):>10}  {note}".rstrip()

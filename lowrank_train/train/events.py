@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from lowrank_train.nn.events import Event
 from lowrank_train.nn.reparam import layers_of
 from lowrank_train.report.console import Console
 from lowrank_train.train.module import CausalLanguageModule
@@ -30,12 +31,18 @@ class EventRunner(L.Callback):
             return
         self._step = trainer.global_step
         module = as_ours(pl_module)
-        happened = module.strategy.run_events(self._step, module.model, module.optimizer)
-        if trainer.world_size > 1 and not all(event.quiet for event in happened):
-            equalize(module)
+        happened = run_events(module, self._step)
         module.events = [event.name for event in happened if not event.quiet]
         if module.events:
             self._console.say(f"step: {self._step}  {', '.join(module.events)}")
+
+
+def run_events(module: CausalLanguageModule, step: int) -> list[Event]:
+    """Everything that is due after update number `step`, alike on all ranks; what has happened, in order."""
+    happened = module.strategy.run_events(step, module.model, module.optimizer)
+    if module.trainer.world_size > 1 and not all(event.quiet for event in happened):
+        equalize(module)
+    return happened
 
 
 def equalize(module: CausalLanguageModule) -> None:

@@ -28,6 +28,7 @@ class GuardedLogger(Logger):
         super().__init__()
         self._label = label
         self._make = make
+        self._params: dict[str, Any] | Namespace | None = None
         self._inner: Logger | None = None
         self._blown = False
 
@@ -44,10 +45,12 @@ class GuardedLogger(Logger):
         self._try(lambda inner: inner.log_metrics(numbers, step))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        self._try(lambda inner: inner.log_hyperparams(params))
+        """Kept until there is something to log: a start that is called off before it leaves nothing behind."""
+        self._params = params
 
     def finalize(self, status: str) -> None:
-        self._try(lambda inner: inner.finalize(status))
+        if self._inner is not None:
+            self._try(lambda inner: inner.finalize(status))
 
     def _try(self, action: Callable[[Logger], Any]) -> None:
         if self._blown:
@@ -55,6 +58,8 @@ class GuardedLogger(Logger):
         try:
             if self._inner is None:
                 self._inner = self._make()
+                if self._params is not None:
+                    self._inner.log_hyperparams(self._params)
             action(self._inner)
         except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever it raises, the run is worth more)
             self._blown = True

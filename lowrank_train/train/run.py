@@ -49,8 +49,10 @@ from lowrank_train.train.machinery import (
 from lowrank_train.train.module import CausalLanguageModule
 from lowrank_train.train.progress import ProgressDisplay
 from lowrank_train.train.recorder import Recorder, metric_columns
+from lowrank_train.train.rehearsal import rehearse
 from lowrank_train.train.run_folder import CHECKPOINTS, METRICS_FILE, RESULT_FILE, RunFolder, prepare_run_folder
-from lowrank_train.train.run_state import Stopwatch, seed_everything
+from lowrank_train.train.run_length import RunIsLong, called_off_if_long
+from lowrank_train.train.run_state import Stopwatch, random_state, restore_random_state, seed_everything
 from lowrank_train.train.saver import Saver
 from lowrank_train.train.summary import draw, summarize
 from lowrank_train.train.utilization import utilization
@@ -68,24 +70,22 @@ def train(config: RunConfig) -> int:
         seed_everything(config.seed, threads=config.trainer.threads)
         tokenizer = load_tokenizer(config.data.tokenizer)
         data = prepare_data(config, tokenizer)
-        model = build_model(
-            config.model,
-            vocab_size=tokenizer.vocab_size,
-            dtype=DTYPES[config.precision.weights],
-            device=device,
-            seed=config.seed,
-        )
-        strategy = prepare_strategy(config, model)
-        optimizer = build_optimizer(config, strategy, model)
-        module = CausalLanguageModule(
-            config, model, strategy, optimizer, data.training, micro_batches=data.micro_batches, facts=data.facts
-        )
-        announce(console, config, folder, model, strategy, data, device)
-        fit(config, folder, console, module, data, device)
+        build = functools.partial(build_module, tokenizer=tokenizer, data=data, device=device)
+        generators = random_state()
+        module = build(config)
+        announce(console, config, folder, module.model, module.strategy, data, device)
+        rehearses = config.rehearse if folder.resume_from is None else False
+        if rehearses is True or not fit(config, folder, console, module, data, device, rehearses == "auto"):
+            del module
+            rehearse(config, console, folder.path, build, tokenizer, device)
+            restore_random_state(generators)
+            module = build(config)
+            fit(config, folder, console, module, data, device)
         if is_first_rank():
-            result = summarize(config, folder, module, tokenizer, device)
+            with explained_failures(config, module):
+                result = summarize(config, folder, module, tokenizer, device)
             write_result(folder.path / RESULT_FILE, result)
-            draw(folder, result)
+            draw(folder)
             show_card(console, result)
     return 0
 
@@ -119,6 +119,25 @@ def prepare_data(config: RunConfig, tokenizer: Tokenizer) -> RunData:
     )
 
 
+def build_module(
+    config: RunConfig, *, tokenizer: Tokenizer, data: RunData, device: torch.device
+) -> CausalLanguageModule:
+    """Model, strategy and optimizer, always the same of one configuration."""
+    with explained_failures(config):
+        model = build_model(
+            config.model,
+            vocab_size=tokenizer.vocab_size,
+            dtype=DTYPES[config.precision.weights],
+            device=device,
+            seed=config.seed,
+        )
+        strategy = prepare_strategy(config, model)
+        optimizer = build_optimizer(config, strategy, model)
+    return CausalLanguageModule(
+        config, model, strategy, optimizer, data.training, micro_batches=data.micro_batches, facts=data.facts
+    )
+
+
 def prepare_strategy(config: RunConfig, model: PreTrainedModel) -> Strategy:
     """The memory strategy, with the model brought into the form it trains."""
     strategy = Strategy.from_config(
@@ -126,6 +145,7 @@ def prepare_strategy(config: RunConfig, model: PreTrainedModel) -> Strategy:
         state_dtype=DTYPES[config.precision.state],
         seed=config.seed,
         rounding=config.precision.rounding,
+        int8_group=config.precision.int8_group,
         steps=config.trainer.steps,
     )
     devices = config.trainer.devices * config.trainer.num_nodes
@@ -174,7 +194,7 @@ def announce(
             sum(p.numel() for p in parameters),
             sum(math.prod(row.shape) for row in assignment if row.role != "frozen"),
             weights_bytes(model),
-            config.precision.weights,
+            config.precision.formats,
         ),
         f"strategy {config.strategy.name}, step {config.strategy.when}, precision {config.precision.name}:",
         *assignment_lines(assignment),
@@ -197,8 +217,12 @@ def fit(
     module: CausalLanguageModule,
     data: RunData,
     device: torch.device,
-) -> None:
-    """Train, evaluate and save as the configuration says; RunStopped when a signal ended it, after all is saved."""
+    may_call_off: bool = False,
+) -> bool:
+    """Train, evaluate and save as the configuration says; RunStopped when a signal ended it, after all is saved.
+
+    False, with `may_call_off`, where the first update tells that it takes long: then nothing has been recorded.
+    """
     interrupts, stopwatch, checkpoints = Interrupts(), Stopwatch(), FolderCheckpoints()
     display = ProgressDisplay(console, steps=config.trainer.steps, log_every_steps=config.trainer.log_every_steps)
     loggers, documents = open_tables(config, folder, module) if is_first_rank() else ([], None)
@@ -219,13 +243,20 @@ def fit(
         device,
         folder=folder.path,
         micro_batches=data.micro_batches,
-        callbacks=[EventRunner(console), recorder, saver],
+        callbacks=[
+            *([called_off_if_long(config.trainer.steps, interrupts)] if may_call_off else []),
+            EventRunner(console),
+            recorder,
+            saver,
+        ],
         loggers=loggers,
         checkpoints=checkpoints,
     )
     try:
         with explained_failures(config, module):
             trainer.fit(module, ckpt_path=folder.resume_from, weights_only=True)
+    except RunIsLong:
+        return False
     finally:
         for table in [documents, *(logger.file for logger in loggers if isinstance(logger, MetricsCsv))]:
             if table is not None:
@@ -238,6 +269,7 @@ def fit(
             "Run the same command again to go on.",
             saver.exit_code,
         )
+    return True
 
 
 def open_tables(

@@ -29,7 +29,7 @@ CHECKPOINTS = "checkpoints"
 
 # Keys that may change when a run goes on: they move when something is said or saved, not the numbers of training.
 FREE_KEYS = (
-    "task", "run_name", "output_dir", "resume", "run", "out",
+    "task", "run_name", "output_dir", "resume", "rehearse", "run", "out",
     "logger.", "generate.",
     "data.num_workers", "data.log_documents", "precision.count_lost_updates",
     "trainer.eval_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints", "trainer.log_every_steps",

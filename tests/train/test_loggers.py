@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -44,6 +45,24 @@ def test_a_failure_becomes_one_warning(caplog: pytest.LogCaptureFixture) -> None
     assert [record.getMessage() for record in caplog.records] == [
         "broken failed and is left out from here on: no route to host"
     ]
+
+
+def test_what_is_called_off_before_it_logs_leaves_nothing() -> None:
+    made: list[Any] = []
+
+    def make() -> Logger:
+        inner = MagicMock()
+        made.append(inner)
+        return inner
+
+    logger = GuardedLogger("late", make)
+    logger.log_hyperparams({"lr": 1.0})
+    logger.finalize("failed")
+    assert made == []
+    logger.log_metrics({"step": 1, "loss": 2.0}, 1)
+    logger.log_metrics({"step": 2, "loss": 1.0}, 2)
+    [inner] = made
+    assert [entry[0] for entry in inner.method_calls] == ["log_hyperparams", "log_metrics", "log_metrics"]
 
 
 def test_a_constructor_that_exits_is_a_failure_like_any_other(caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,6 @@ from lowrank_train.memory.counting import flops_per_position
 from lowrank_train.models import build_model, causal_loss
 from lowrank_train.optim.schedule import multiplier
 from lowrank_train.train.csv_file import read_rows
-from lowrank_train.train.machinery import out_of_memory_text
 from lowrank_train.train.recorder import metric_columns
 from tests.test_checkpoint import small_disk  # noqa: F401  (a fixture)
 from tests.train.conftest import assert_same_run, rows_of
@@ -55,7 +54,7 @@ def test_the_run_folder_holds_everything(run: Run, tiny: Words, capfd: pytest.Ca
     assert err == ""
     assert "\r" not in out and "Tip" not in out
     assert {path.name for path in folder.iterdir() if path.name != ".lock"} == {
-        "config.yaml", "metrics.csv", "result.json", "loss.png", "checkpoints", "log.txt"
+        "config.yaml", "metrics.csv", "result.json", "loss.png", "card.html", "checkpoints", "log.txt"
     }  # fmt: skip
     assert [path.name for path in checkpoint_folders(folder / "checkpoints")] == ["step_00000009", "step_00000012"]
     assert (folder / "log.txt").read_text(encoding="utf-8") == out
@@ -190,18 +189,6 @@ def test_a_full_disk_costs_a_warning_then_the_run_but_no_checkpoint(
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
     assert main(words) == 0
     assert_same_run(run("whole"), folder)
-
-
-def test_out_of_memory_says_when_and_what_helps(tiny: Words) -> None:
-    config = compose(tiny("r", "trainer.total_batch_size=8"))
-
-    class Stopped:
-        updates_done, phase, last_checkpoint_step = 7, "evaluation", 5
-
-    text = out_of_memory_text(config, Stopped(), RuntimeError("can't allocate memory: 1 byte\nmore"))  # type: ignore[arg-type]
-    assert "during evaluation, after 7 updates: can't allocate memory: 1 byte" in text
-    assert "step 5" in text and "trainer.batch_size=2 trainer.total_batch_size=8" in text
-    assert "activation_checkpointing" in text and "project_in_backward" in text
 
 
 def test_wandb_without_key_or_network_keeps_its_id(

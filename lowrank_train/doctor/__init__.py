@@ -1,0 +1,1 @@
+"""`lowrank doctor`: probes of this machine and of what is installed."""
