@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lowrank_train import __version__
 from lowrank_train.config.errors import (
@@ -73,7 +74,6 @@ VERBS = (
         "tokenize a corpus once, into shards on disk",
         "data=c4 out=FOLDER",
     ),
-)
     Verb(
         "doctor",
         "doctor",
@@ -89,6 +89,9 @@ VERBS = (
         "runs/* paper=galore_table2",
     ),
     Verb("card", "card", "lowrank_train.report.page:card", "make a run's card.html anew", "runs/NAME"),
+)
+
+TAKE_FOLDERS = ("compare", "card")  # verbs whose words without a key are run folders
 
 ENVIRONMENT = {
     # Threads that spin while they wait make a step tens of times slower as soon as anything else runs.
@@ -147,7 +150,8 @@ def _print_faults(error: UserError) -> int:
 def _exit_code_of(error: RuntimeError | MemoryError | OSError) -> int:
     """Exit code of the failures that a user can do something about; anything else is raised again."""
     names = {cls.__name__ for cls in type(error).__mro__}
-    if names & {"OutOfMemoryError", "MemoryError"} or "can't allocate memory" in str(error):
+    signs = ("can't allocate memory", "not enough memory")  # training says it better: memory/out_of_memory.py
+    if names & {"OutOfMemoryError", "MemoryError"} or any(sign in str(error) for sign in signs):
         print(f"{OUT_OF_MEMORY}\n({str(error).splitlines()[0] if str(error) else 'MemoryError'})", file=sys.stderr)
         return EXIT_OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -170,11 +174,16 @@ def _run(argv: list[str]) -> int:
         return show_recipes(rest)
     rest, print_config = _take_config_flag(rest)
     if verb is not None:
-        rest = _with_task(rest, verb)
+        rest = _with_task(with_folders(rest) if verb in TAKE_FOLDERS else rest, verb)
     if {"-m", "--multirun"} & set(rest):
         from lowrank_train.config.sweeps import run_apart, sweep
+        from lowrank_train.report.compare import compare_sweep
 
-        return sweep([word for word in rest if word not in ("-m", "--multirun")], run_apart)
+        return sweep([word for word in rest if word not in ("-m", "--multirun")], run_apart, compare_sweep)
+    if "strategy=all" in rest and "task=plan" in rest and not print_config:
+        from lowrank_train.memory.all_strategies import plan_all
+
+        return plan_all([word for word in rest if word not in ("strategy=all", "task=plan")])
     from lowrank_train.config import compose, to_yaml
 
     notes: list[str] = []
@@ -184,6 +193,10 @@ def _run(argv: list[str]) -> int:
     if print_config:
         print(to_yaml(config), end="")
         return 0
+    if config.task == "plan" and config.fit:
+        from lowrank_train.memory.fit_table import fit
+
+        return fit(config, rest)  # which ends with a command line made of the given one
     return dispatch(config)
 
 
@@ -221,6 +234,15 @@ def _with_task(words: list[str], verb: str) -> list[str]:
     if others:
         raise UserError(f"{others[0]}: the verb {verb} says task={task}; leave out one of the two.")
     return [*words, f"task={task}"]
+
+
+def with_folders(words: list[str]) -> list[str]:
+    """Words that are folders, or no KEY=VALUE, gathered into runs=[...]; names of swept runs hold `=` and commas."""
+    folders = [word for word in words if word[:1] not in "-+~" and ("=" not in word or Path(word).exists())]
+    if not folders:
+        return words
+    quoted = ["'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in folders]
+    return [*(word for word in words if word not in folders), f"runs=[{','.join(quoted)}]"]
 
 
 def _take_config_flag(words: list[str]) -> tuple[list[str], bool]:

@@ -12,7 +12,7 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from lowrank_train.cli import main, split_verb
+from lowrank_train.cli import TAKE_FOLDERS, main, split_verb, with_folders
 from lowrank_train.config import compose
 from lowrank_train.config.files import save
 from lowrank_train.config.schema import RunConfig
@@ -84,6 +84,10 @@ def test_command_composes(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     words = [word for word in words if word not in ("-m", "--cfg", "job")]
     if "-m" in command.split():
         words = [re.sub(r"=([^,]+),.*", r"=\1", word) for word in words]  # the first of the swept values
+    if verb in TAKE_FOLDERS:
+        words = with_folders(words)
+    if verb == "plan":  # of all of them, it composes each
+        words = ["strategy=full" if word == "strategy=all" else word for word in words]
     if verb is not None:
         words.append(f"task={verb.replace(' ', '_')}")
     monkeypatch.chdir(tmp_path)
@@ -133,3 +137,10 @@ def test_the_page_of_results_is_made_from_the_rows() -> None:
     from benchmarks.results_page import PAGE, page
 
     assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def test_the_plan_on_the_page_is_that_of_the_command() -> None:
+    """`python -m benchmarks.plan_page` writes both; tests/memory compares them with the command."""
+    from benchmarks.plan_page import BEGINS, ENDS, PAGE, block
+
+    assert README.partition(BEGINS)[2].partition(ENDS)[0] == block(PAGE.read_text(encoding="utf-8"))

@@ -46,6 +46,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "optim.restart_warmup_steps": (0, True),
     "optim.weight_decay": (0, True),
     "optim.grad_clip": (0, False),
+    "precision.int8_group": (1, True),
     "trainer.steps": (1, True),
     "trainer.batch_size": (1, True),
     "trainer.total_batch_size": (1, True),
@@ -90,7 +91,7 @@ def cross_checks(config: RunConfig) -> list[str]:
             *_restarts(config),
             *strategy_faults(config),
             *stepping_faults(config),
-            *_machine(config),
+            *(_machine(config) if config.task == "train" else []),
         ]
     if config.task == "explain" and not faults:
         faults += strategy_faults(config)
@@ -117,9 +118,9 @@ def _bounds(config: RunConfig) -> Iterator[str]:
 def _task(config: RunConfig) -> Iterator[str]:
     if config.task in TASKS_WITH_RUN and config.run is None:
         yield f"run: task={config.task} needs run=FOLDER, a run folder or a Hugging Face folder"
-    if config.task in ("export", "data_prepare") and config.out is None:
     if config.fit and config.card is None and config.budget_gb is None:
         yield "fit=true: needs what it is to fit; give card=NAME, such as card=4090, or budget_gb=24"
+    if config.task in ("export", "data_prepare") and config.out is None:
         yield f"out: task={config.task} needs out=FOLDER, the folder to write"
     if config.task == "train":
         if config.run is not None:
@@ -161,7 +162,11 @@ def _data(config: RunConfig) -> Iterator[str]:
             f"data.mask_documents=true: needs data.packing=concat; data.packing={data.packing} puts a single document "
             "into a row"
         )
-    if model.kind == "llama" and config.task in ("train", "evaluate") and data.seq_len > model.max_position_embeddings:
+    if (
+        model.kind == "llama"
+        and config.task in ("train", "plan", "evaluate")
+        and data.seq_len > model.max_position_embeddings
+    ):
         yield (
             f"data.seq_len={data.seq_len}: is above model.max_position_embeddings={model.max_position_embeddings}; "
             "shorten the one or lengthen the other"
@@ -178,6 +183,8 @@ def _precision(config: RunConfig) -> Iterator[str]:
             f"precision.weights={precision.weights}: precision.compute={precision.compute} means weights in {wanted}; "
             "choose precision=fp32, bf16_mixed or bf16"
         )
+    if precision.int8_group is not None:
+        yield from _int8(config)
     if precision.weights != "bfloat16":
         if precision.rounding != "nearest":
             choice = {"stochastic": "bf16_sr", "compensated": "bf16_kahan"}[precision.rounding]
@@ -190,6 +197,26 @@ def _precision(config: RunConfig) -> Iterator[str]:
                 f"precision.count_lost_updates=true: counts among weights in bfloat16, and these are "
                 f"{precision.weights}; choose precision=bf16, bf16_sr or bf16_kahan"
             )
+
+
+def _int8(config: RunConfig) -> Iterator[str]:
+    precision, key = config.precision, f"precision.int8_group={config.precision.int8_group}"
+    if precision.weights != "bfloat16":
+        yield (
+            f"{key}: codes are decoded to bfloat16 for products, and precision.compute={precision.compute} with "
+            f"precision.weights={precision.weights} would make them wider than they are; choose precision=int8, or "
+            "precision.int8_group=null"
+        )
+    if precision.rounding == "compensated":
+        yield (
+            "precision.rounding=compensated: would keep 2 bytes beside each code of 1 byte, more than bfloat16 takes "
+            "whole; use precision.rounding=stochastic (precision=int8), or precision=bf16_kahan"
+        )
+    if config.strategy.weights is not None:
+        yield (
+            f"{key}: is for matrices that are trained as they are, and strategy {config.strategy.name} keeps them in "
+            "another form; use a strategy with dense matrices such as strategy=q_galore, or precision=bf16_sr"
+        )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

@@ -48,7 +48,7 @@ def _with_parents(path: Path, package: str) -> Iterator[tuple[Path, str]]:
         return
     yield path, package
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(r"^\s*-\s+(\w+)\s*$", text.partition("defaults:")[2], flags=re.MULTILINE):
+    for name in re.findall(r"^\s*-\s+(?:/recipe/)?(\w+)\s*$", text.partition("defaults:")[2], flags=re.MULTILINE):
         parent = path.parent / f"{name}.yaml"
         if name != "_self_" and parent != path:
             yield from _with_parents(parent, package)

@@ -168,7 +168,9 @@ class RunConfig:
     rehearse: bool | Literal["auto"] = "auto"  # every phase once before training; auto: for runs beyond an hour
     seed: int = 42
     run: str | None = None  # export, generate, evaluate: a run folder or a Hugging Face folder
-    out: str | None = None  # export, data prepare: the folder to write
+    out: str | None = None  # export, data prepare, compare: the folder to write
+    runs: list[str] = field(default_factory=list)  # compare, card: run folders; on the command line without runs=
+    paper: str | None = None  # compare: the published table to set the runs beside, such as galore_table2
     card: str | None = None  # plan: the card to judge, such as 4090; null: all that are known
     budget_gb: float | None = None  # plan: in place of a card, what all of the process may take; GB are 10^9 bytes
     fit: bool = False  # plan: find what fits the card or the budget

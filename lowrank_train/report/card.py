@@ -69,6 +69,8 @@ def card_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if result["skipped_tensors"]:
         rows.append(("left out", f"{result['skipped_tensors']} updates of a tensor whose gradient was not finite"))
     rows += [("sample", result["sample"]), ("run folder", result["run_folder"]), ("loss curve", result["loss_curve"])]
+    if "card" in result:
+        rows.append(("this card", result["card"]))
     return rows
 
 

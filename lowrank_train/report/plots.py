@@ -52,14 +52,14 @@ def plot_loss(metrics_path: Path, picture_path: Path, *, title: str, unigram_per
     aside.replace(picture_path)
 
 
-def smoothed(values: list[float]) -> list[float]:
-    """Mean over about a fiftieth of the run around each value: unlike a running average it does not lag behind.
+def smoothed(values: list[float], side: float = 0.01) -> list[float]:
+    """Mean over the values around each, on either side a hundredth of the run (`side`): it does not lag behind.
     Near the start, where the loss is steep, both sides shrink alike; near the end only the side that is missing does,
     so that the curve does not end in the noise of a single update."""
     sums = [0.0, *itertools.accumulate(values)]
     result = []
     for index in range(len(values)):
-        half = min(index, len(values) // 100)
+        half = min(index, int(len(values) * side))
         after = min(half, len(values) - 1 - index)
         result.append((sums[index + after + 1] - sums[index - half]) / (half + after + 1))
     return result

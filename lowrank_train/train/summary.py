@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from lowrank_train.evaluate.generate import sample
 from lowrank_train.evaluate.perplexity import Evaluation
 from lowrank_train.memory.counting import weights_bytes
 from lowrank_train.memory.devices import device_name
+from lowrank_train.memory.plan import planned
 from lowrank_train.optim.activity import is_trainable
-from lowrank_train.report.plots import plot_loss
+from lowrank_train.report.page import CARD_FILE, write_page
 from lowrank_train.report.result import hardware, library_versions, project_commit
 from lowrank_train.train.module import CausalLanguageModule
-from lowrank_train.train.run_folder import METRICS_FILE, RunFolder
+from lowrank_train.train.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 def summarize(
@@ -69,8 +73,26 @@ def summarize(
         "versions": library_versions(),
         "hardware": hardware(device, device_name(device), config.trainer.devices * config.trainer.num_nodes),
         "sample": sampled_paragraph(config, module.model.to(device), tokenizer),
+        "planned": planned_memory(config),
         "run_folder": str(folder.path),
         "loss_curve": str(folder.path / "loss.png"),
+        "card": str(folder.path / CARD_FILE),
+    }
+
+
+def planned_memory(config: RunConfig) -> dict[str, Any] | None:
+    """What `lowrank plan` says of this run, to stand beside what was measured; None where it cannot be planned."""
+    try:
+        found = planned(config)
+    except Exception as error:  # noqa: BLE001  (a run that is done is worth more than its plan)
+        log.warning("this run's memory could not be planned: %s", (str(error).splitlines() or [repr(error)])[0])
+        return None
+    return {
+        "persistent_bytes": found.persistent_bytes,
+        "peak_bytes": found.peak_bytes,
+        "peak_phase": found.peak_phase,
+        "needed_bytes": found.needed_bytes,
+        "complete": found.complete,
     }
 
 
@@ -83,11 +105,6 @@ def sampled_paragraph(config: RunConfig, model: PreTrainedModel, tokenizer: Toke
         return sample(model, tokenizer, dataclasses.replace(settings, prompt="The"), seed=config.seed)[0].strip()
 
 
-def draw(folder: RunFolder, result: dict[str, Any]) -> None:
-    """loss.png beside the numbers it shows."""
-    plot_loss(
-        folder.path / METRICS_FILE,
-        folder.path / "loss.png",
-        title=f"{result['model']} · {result['strategy']} · {result['data']}",
-        unigram_perplexity=result["unigram_perplexity"],
-    )
+def draw(folder: RunFolder) -> None:
+    """loss.png and card.html, of what lies in the folder."""
+    write_page(folder.path)
