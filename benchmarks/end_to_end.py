@@ -6,7 +6,8 @@ The recordings hold tokens, initial weights (as a recipe), every loss and the ev
 runs twice through `lowrank_train.optimizer`: with published=True, and with our defaults (signs aligned, bases found by
 warm-started randomised iteration and moved in turn). APOLLO's published random matrices are drawn anew from their
 seeds, in both, since the loss of APOLLO-Mini, which has rank 1, ranges from 5.36 to 5.92 over draws; FRUGAL's random
-columns were drawn without a seed, so that ours are others.
+columns were drawn without a seed, so that ours are others. `--nudges 3` repeats the runs three times with every initial
+weight a millionth of itself away: what lies between their ends, rounding alone decides.
 """
 
 from __future__ import annotations
@@ -131,10 +132,15 @@ def apollo_draws(model: nn.Module, rank: int) -> Callable[[str, int, Tensor], Te
     return draw
 
 
-def train(folder: Path, run: Run, *, published: bool) -> tuple[list[float], float]:
-    """Losses of every update, and the evaluation loss at the end."""
+def train(folder: Path, run: Run, *, published: bool, nudge: int = 0) -> tuple[list[float], float]:
+    """Losses of every update, and the evaluation loss at the end; from other initial weights for each `nudge` but 0."""
     settings = run.settings(folder)
     model, length = initial_model(settings["model"]), settings["seq"]
+    if nudge:
+        generator = torch.Generator().manual_seed(nudge)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.mul_(1 + 1e-6 * torch.randn(param.shape, generator=generator))
     ratio = 1.0
     if run.method in recorded_layers.METHODS:
         prepared = recorded_layers.prepare(model, run.method, settings, published=published)
@@ -173,11 +179,12 @@ def prepared_optimizer(
     return recorded_layers.Prepared(optim, lambda update: None, factor), ratio
 
 
-def measure(folder: Path, run: Run, *, published: bool) -> dict[str, Any]:
+def measure(folder: Path, run: Run, *, published: bool, nudges: int) -> dict[str, Any]:
     """One row: the recorded and our evaluation loss at the last update, and the largest early difference."""
     settings, started = run.settings(folder), time.perf_counter()
     losses, evaluation = train(folder, run, published=published)
     recorded = settings["eval_losses"][str(settings["steps"])]
+    nudged = [train(folder, run, published=published, nudge=nudge)[1] for nudge in range(1, nudges + 1)]
     return {
         "run": run.recorded,
         "method": run.method,
@@ -185,6 +192,7 @@ def measure(folder: Path, run: Run, *, published: bool) -> dict[str, Any]:
         "recorded_loss": round(recorded, 4),
         "our_loss": round(evaluation, 4),
         "difference": round(evaluation - recorded, 4),
+        "nudged_losses": [round(loss, 4) for loss in nudged],
         "first_5_losses_differ_by": round(
             max(abs(a - b) for a, b in zip(losses[:5], settings["losses"], strict=False)), 6
         ),
@@ -217,6 +225,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, help="folder of the recorded end-to-end runs")
     parser.add_argument("--runs", nargs="*", help="names of recorded runs; default: all")
     parser.add_argument("--conventions", nargs="*", choices=["published", "ours"], default=["published", "ours"])
+    parser.add_argument("--nudges", type=int, default=0, help="further runs from weights a millionth away")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -233,7 +242,7 @@ def main() -> None:
                 continue
             if run.method == "adamw" and not published:
                 continue  # nothing in it is a matter of convention
-            row = measure(arguments.reference, run, published=published)
+            row = measure(arguments.reference, run, published=published, nudges=arguments.nudges)
             print(row, flush=True)
             same = (row["run"], row["conventions"])
             rows = [other for other in rows if (other["run"], other["conventions"]) != same] + [row]
