@@ -158,10 +158,10 @@ how the strategies behave here, not how they rank at 60M and above. `python -m b
         "step_time",
         "One optimizer step",
         """Ratios to the published package in the same process: below 1 is faster. *Its matrix products* are those that
-the method's algebra cannot do without; what is above them is walks over matrices number by number, which weigh more where
-matrices are small: APOLLO multiplies once (APOLLO-Mini with rank 1) but reads the gradient three times, once to scale it
-into the weights, and LDAdam orthonormalises a basis at every update. *Refresh* is a step that moves every basis; *extra* is the memory of a step
-beyond what is there before it. `python -m benchmarks.step_time`""",
+the method's algebra cannot do without; what is above them is walks over matrices number by number, which weigh more
+where matrices are small: APOLLO multiplies once (APOLLO-Mini with rank 1) but reads the gradient three times, once to
+scale it into the weights, and LDAdam orthonormalises a basis at every update. *Refresh* is a step that moves every
+basis; *extra* is the memory of a step beyond what is there before it. `python -m benchmarks.step_time`""",
         step_time,
     ),
     (
