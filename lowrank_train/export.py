@@ -1,4 +1,4 @@
-"""`lowrank export`: a plain Hugging Face folder, proven by reloading it and comparing logits and token ids."""
+"""`lowrank export`: a plain Hugging Face folder or PEFT's adapter, proven by reloading it and comparing logits."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from lowrank_train.adapter_files import base_model, read_adapter, write_adapter
 from lowrank_train.config.errors import EXIT_FAILURE, RunStopped, UserError
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.data import Tokenizer, validation_batches
+from lowrank_train.data.glue import encoded_rows, read_split, splits_of, task_of
 from lowrank_train.evaluate.loading import Trained, open_trained
-from lowrank_train.models import build_model
+from lowrank_train.models import auto_class, build_model, outputs_of
 from lowrank_train.nn.reparam import layers_of
 
 LARGEST_LOGIT_DIFFERENCE = 1e-4
@@ -39,9 +41,10 @@ def export(config: RunConfig) -> int:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    write, check = (write_adapter, compare_adapter) if config.adapter else (write_hugging_face, compare)
     try:
-        write_hugging_face(config, trained, partial)
-        difference, positions = compare(config, trained, partial)
+        write(config, trained, partial)
+        difference, positions = check(config, trained, partial)
     except BaseException:  # whatever went wrong, Ctrl-C included: nothing half-written stays
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -49,8 +52,9 @@ def export(config: RunConfig) -> int:
         out.rmdir()  # empty, as checked above
     partial.rename(out)
     print(f"{trained.source} -> {out}")
+    reader = "PeftModel" if config.adapter else auto_class(outputs_of(config.data)).__name__
     print(
-        f"reloaded with AutoModelForCausalLM and AutoTokenizer: logits at {positions:,} positions of real text differ "
+        f"reloaded with {reader} and AutoTokenizer: logits at {positions:,} positions of real text differ "
         f"by at most {difference:.1e}, token ids are equal"
     )
     return 0
@@ -60,6 +64,13 @@ def write_hugging_face(config: RunConfig, trained: Trained, folder: Path) -> Non
     """Weights as plain dense matrices, config.json, generation_config.json and the tokenizer's files."""
     plain = dense_model(config, trained)
     tokenizer = trained.tokenizer
+    if config.data.source == "glue":
+        task = task_of(config.data)
+        plain.config.id2label = dict(enumerate(task.labels or ("score",)))
+        plain.config.label2id = {label: number for number, label in plain.config.id2label.items()}
+        plain.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save(folder)
+        return
     # No begin mark, even where the tokenizer has one: our documents end in a mark and begin without, so that the model
     # has never seen it.
     begin_id = trained.begin_id
@@ -82,7 +93,9 @@ def dense_model(config: RunConfig, trained: Trained) -> PreTrainedModel:
         dtype=next(trained.model.parameters()).dtype,
         device="cpu",
         seed=config.seed,
+        outputs=outputs_of(config.data),
     )
+    plain.config.pad_token_id = trained.model.config.pad_token_id
     plain.load_state_dict(trained.strategy.dense_state_dict(trained.model), strict=True)
     return plain.eval()
 
@@ -92,9 +105,11 @@ def compare(config: RunConfig, trained: Trained, folder: Path) -> tuple[float, i
 
     RunStopped when it is above LARGEST_LOGIT_DIFFERENCE or when a text gets other ids.
     """
-    reloaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
-    ).eval()
+    reloaded = (
+        auto_class(outputs_of(config.data))
+        .from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True)
+        .eval()
+    )
     _compare_ids(trained.tokenizer, folder)
     rows = _probe_rows(config, trained.tokenizer)
     trained.model.to("cpu")
@@ -104,6 +119,15 @@ def compare(config: RunConfig, trained: Trained, folder: Path) -> tuple[float, i
     trained.model.float()
     folded = _largest_difference(trained.model, dense_model(config, trained), rows)
     return max(written, folded), sum(ids.numel() for ids in rows)
+
+
+def compare_adapter(config: RunConfig, trained: Trained, folder: Path) -> tuple[float, int]:
+    """As `compare`, of the base model with the adapter in `folder` on it, both in float32."""
+    _compare_ids(trained.tokenizer, folder)
+    rows = _probe_rows(config, trained.tokenizer)
+    trained.model.to("cpu")
+    reloaded = read_adapter(base_model(config, trained), folder)
+    return _largest_difference(trained.model.float(), reloaded, rows), sum(ids.numel() for ids in rows)
 
 
 def _largest_difference(model: PreTrainedModel, other: PreTrainedModel, rows: list[torch.Tensor]) -> float:
@@ -139,6 +163,10 @@ def _probe_rows(config: RunConfig, tokenizer: Tokenizer) -> list[torch.Tensor]:
     probe texts."""
     rows = [torch.tensor([tokenizer.encode([text])[0]]) for text in PROBE_TEXTS]
     try:
+        if config.data.source == "glue":
+            first = read_split(config.data, splits_of(config.data)[0])[:4]
+            encoded = encoded_rows(config.data, first, tokenizer, "validation")
+            return [*rows, *(encoded.batch([row])["input_ids"] for row in range(len(first)))]
         batches = iter(validation_batches(config.data, tokenizer, batch_size=1, rank=0, world_size=1))
         rows += [batch["input_ids"] for batch, _ in zip(batches, range(4), strict=False)]
     except (UserError, OSError):  # the data may be on another machine than the run

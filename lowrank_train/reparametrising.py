@@ -9,7 +9,7 @@ from torch import nn
 
 from lowrank_train.config.errors import UserError
 from lowrank_train.nn.merge import Merge
-from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, layers_of
+from lowrank_train.nn.reparam import ReparamLinear, Weights, layers_of
 from lowrank_train.optim.selection import matched_names
 
 
@@ -28,15 +28,13 @@ def swap_in(model: nn.Module, weights: Weights, seed: int) -> None:
         chosen = {name for name, module in linears.items() if module is not head}
         faults = [] if chosen else ["the model has no linear layer but its head"]
     faults += _head_by_accident(model, weights, chosen)
-    for name, linear in linears.items():
-        if name in chosen:
-            fault = weights.misfit((linear.out_features, linear.in_features))
-            faults += [f"{name}: {fault}"] if fault else []
+    names = [name for name in linears if name in chosen]
+    misfits = {name: weights.misfit((linears[name].out_features, linears[name].in_features)) for name in names}
+    faults += [f"{name}: {fault}" for name, fault in misfits.items() if fault]
     if faults:
         raise UserError(faults)
-    for name in [name for name in linears if name in chosen]:
-        parent, _, leaf = name.rpartition(".")  # each goes before the next is made: both forms of all may be too much
-        setattr(model.get_submodule(parent), leaf, weights.layer(linears.pop(name), Origin(name, seed)))
+    linears.clear()  # so that each can go before the next is made
+    weights.swap_(model, names, seed)
 
 
 def _head_by_accident(model: nn.Module, weights: Weights, chosen: set[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from lowrank_train.config.library_names import library_faults
 from lowrank_train.config.parts import TARGET, NoSuchPart, arguments_of, part_faults
+from lowrank_train.config.peft_names import peft_faults
 from lowrank_train.config.schema import Part, RunConfig
 from lowrank_train.config.suggest import suggest_key
 from lowrank_train.config.values import WrongValue, convert
@@ -57,7 +58,7 @@ def _faults(node: dict[str, Any], schema: type, prefix: str) -> Iterator[Fault]:
             else:
                 yield Fault(key, f"is a group: choose one with {name}=NAME, or set {key}.KEY=VALUE", _given(value))
         elif _is_part(expected) and isinstance(value, dict):
-            for where, rule in (*part_faults(key, value), *library_faults(key, value)) if value else ():
+            for where, rule in _part_faults(key, value) if value else ():
                 leaf = where.removeprefix(f"{key}.")
                 yield Fault(where, rule or UNKNOWN, _given(value[leaf]) if rule and leaf in value else "")
         elif _is_part(expected) and isinstance(value, str):
@@ -67,6 +68,12 @@ def _faults(node: dict[str, Any], schema: type, prefix: str) -> Iterator[Fault]:
                 node[name] = convert(value, expected)
             except WrongValue as error:
                 yield Fault(key, str(error), _given(value))
+
+
+def _part_faults(key: str, part: Part) -> Iterator[tuple[str, str]]:
+    yield from part_faults(key, part)
+    yield from library_faults(key, part)
+    yield from peft_faults(key, part)
 
 
 def _is_part(expected: Any) -> bool:

@@ -17,6 +17,7 @@ GIVES = {  # extra of pyproject.toml -> what it is for
     "tensorboard": "logger=tensorboard",
     "wandb": "logger=wandb",
     "optimizers": "more classes for strategy/inner=library and strategy/rest=library",
+    "peft": "strategy=peft and the methods of PEFT, and export adapter=true",
     "bnb": "only for comparisons; 8-bit state is built in",
 }
 

@@ -45,7 +45,8 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
 
 
 def _kept_buffers(model: PreTrainedModel) -> list[Tensor]:
-    return [buffer for layer in layers_of(model).values() for buffer in layer.buffers()]
+    found = {id(buffer): buffer for layer in layers_of(model).values() for buffer in layer.buffers()}
+    return list(found.values())  # one that several layers share is there once
 
 
 def flops_per_position(model: PreTrainedModel, seq_len: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,12 @@ class DoRA(LoRA):
 
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return DoRALinear(linear, self, origin)
+
+    def as_peft(self) -> tuple[str, dict[str, Any]]:
+        if self.init in ("pissa", "olora"):
+            raise ValueError(f"PEFT has no DoRA over what init={self.init} leaves of W0")
+        kind, options = super().as_peft()
+        return kind, options | {"use_dora": True}
 
     def lr_ratios(self) -> Mapping[str, float]:
         """LoRA+ takes g along with B, as peft's optimizer does with every vector."""
@@ -62,6 +69,9 @@ class DoRALinear(LoRALinear):
         if self.lora_A is None:
             return direction
         return (self.magnitude / self.norms_of_direction())[:, None] * direction
+
+    def adapter_tensors(self, base: Tensor) -> Mapping[str, Tensor]:
+        return {**super().adapter_tensors(base), "lora_magnitude_vector.default.weight": self.magnitude.detach()}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.lora_A is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,9 @@ class LoHa(FedPara):
 
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return LoHaLinear(linear, self, origin)
+
+    def as_peft(self) -> tuple[str, dict[str, Any]]:
+        return "LOHA", {"r": self.rank, "alpha": self.alpha}
 
 
 class FedParaLinear(ReparamLinear):
@@ -145,6 +148,10 @@ class LoHaLinear(FedParaLinear):
         update = self.scale * self.product()
         weight = self.weight.to(update.dtype)
         return (weight if self.residue is None else weight + self.residue) + update
+
+    def adapter_tensors(self, base: Tensor) -> Mapping[str, Tensor]:
+        names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        return {f"{name}.default": factor.detach() for name, factor in zip(names, self.factors, strict=True)}
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = HadamardLinear.apply(x, self.weight, self.scale, *self.factors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,14 @@ class LoRA(Weights):
 
     def lr_ratios(self) -> Mapping[str, float]:
         return {"lora_B": self.lr_ratio_b} if self.lr_ratio_b != 1 else {}
+
+    def as_peft(self) -> tuple[str, dict[str, Any]]:
+        if self.warm_start_steps:
+            raise ValueError("strategy.weights.warm_start_steps has trained W0 itself, which an adapter does not hold")
+        options: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "use_rslora": self.rslora}
+        if self.init in ("pissa", "olora"):  # W0 lacks the part it began with: twice the rank says both
+            options = {"r": 2 * self.rank, "lora_alpha": 2 * self.rank * self.scale}
+        return "LORA", options | {"lora_dropout": self.dropout}
 
     @property
     def begins_after_steps(self) -> int:
@@ -131,6 +139,19 @@ class LoRALinear(ReparamLinear):
 
     def dense_weight(self) -> Tensor:
         return self.kept_weight() if self.lora_A is None else self.kept_weight() + self.update_of_weight()
+
+    @torch.no_grad()
+    def adapter_tensors(self, base: Tensor) -> Mapping[str, Tensor]:
+        first, second = self.factors
+        if self.weights.init in ("pissa", "olora"):
+            wide = self.kept_weight().dtype
+            left, values, right = torch.linalg.svd(self.dense_weight() - base.to(wide), full_matrices=False)
+            width = 2 * self.weights.rank
+            root = (values / self.weights.scale).sqrt()
+            spare = max(0, width - len(values))  # a rank above half of the short side
+            first = F.pad((root[:, None] * right)[:width], (0, 0, 0, spare))  # type: ignore[assignment]
+            second = F.pad((left * root)[:, :width], (0, spare))  # type: ignore[assignment]
+        return {"lora_A.default.weight": first.detach(), "lora_B.default.weight": second.detach()}
 
     def forward(self, x: Tensor) -> Tensor:
         dense = F.linear(x, self._base(x.dtype), self.bias)

@@ -58,6 +58,14 @@ class Weights(ABC):
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         """As `layer`, for a shape that fits."""
 
+    def swap_(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
+        """Put the layers in place of the linear layers of these names."""
+        for name in names:  # each goes before the next is made: both forms of all may be too much
+            parent, _, leaf = name.rpartition(".")
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            setattr(model.get_submodule(parent), leaf, self.layer(linear, Origin(name, seed)))
+
     def events(self) -> Sequence[Event]:
         """What happens to the layers outside the updates, such as drawing other vectors; most have nothing."""
         return ()
@@ -73,6 +81,13 @@ class Weights(ABC):
     def lr_ratios(self) -> Mapping[str, float]:
         """Local parameter name -> what its learning rate is multiplied by, where that is not 1."""
         return {}
+
+    def keep_base_(self, model: nn.Module, names: Sequence[str]) -> None:  # noqa: B027 as it is, for most
+        """Bring the plain linear layers of these names into the form in which the layers keep them."""
+
+    def as_peft(self) -> tuple[str, dict[str, Any]]:
+        """PEFT's name of this representation and its options there. ValueError where PEFT has none such."""
+        raise ValueError(f"PEFT has no {type(self).__name__}")
 
 
 class ReparamLinear(nn.Module, ABC):
@@ -101,6 +116,14 @@ class ReparamLinear(nn.Module, ABC):
     @abstractmethod
     def dense_weight(self) -> Tensor:
         """W, (out_features, in_features), in at least float32: what an export writes. Differentiable."""
+
+    def dense_bias(self) -> Tensor:
+        """What an export writes beside it, for a layer with a bias."""
+        return self.bias
+
+    def adapter_tensors(self, base: Tensor) -> Mapping[str, Tensor]:
+        """What PEFT's layer of `Weights.as_peft` over the matrix `base` holds besides it, under PEFT's names."""
+        raise ValueError(f"PEFT has no {type(self).__name__}")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -152,8 +175,10 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     plain = {}
     for name, tensor in model.state_dict().items():
         owner = next((path for path in _ancestors(name) if path in layers), None)
-        if owner is None or name == f"{owner}.bias":
+        if owner is None:
             plain[name] = tensor
+        elif name == f"{owner}.bias":
+            plain[name] = layers[owner].dense_bias()
         elif f"{owner}.weight" not in plain:
             with torch.no_grad():
                 plain[f"{owner}.weight"] = layers[owner].dense_weight().detach().to(_dtype_of(layers[owner]))

@@ -45,9 +45,10 @@ class Options:
         for name in names:
             self.take(name, None)
 
-    def take_all(self) -> dict[str, Any]:
-        """Whatever is left, for a class that knows its own options."""
-        left, self._given = self._given, {}
+    def take_all(self, but: Sequence[str] = ()) -> dict[str, Any]:
+        """Whatever is left but these names, for a class that knows its own options."""
+        left = {name: value for name, value in self._given.items() if name not in but}
+        self._given = {name: value for name, value in self._given.items() if name in but}
         return left
 
     def finish(self) -> None:

@@ -28,6 +28,18 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "cola": ("lora.LoRA", {}),
     "mora": ("mora.MoRA", {}),
     "remora": ("mora.MoRA", {}),
+    "lora_xs": ("three_factors.LoRAXS", {}),
+    "lora_sb": ("lora_sb.LoRASB", {}),
+    "curlora": ("three_factors.CURLoRA", {}),
+    "svfit": ("three_factors.SVFit", {}),
+    "sorsa": ("three_factors.SORSA", {}),
+    "loldu": ("three_factors.LoLDU", {}),
+    "moslora": ("between.MoSLoRA", {}),
+    "sora": ("between.SoRA", {}),
+    "melora": ("patterned_lora.MELoRA", {}),
+    "capaboost": ("patterned_lora.CapaBoost", {}),
+    "dylora": ("dylora.DyLoRA", {}),
+    "nola": ("nola.NOLA", {}),
     "loha": ("loha.LoHa", {}),
     "fedpara": ("loha.FedPara", {}),
     "lte": ("parallel_heads.ParallelHeads", {}),
@@ -42,6 +54,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "maestro": ("maestro.Maestro", {}),
     "slope": ("slope.SLoPe", {}),
     "trp": ("trp.TRP", {}),
+    "peft": ("peft.Peft", {}),
 }
 """Method -> the choice of representation under lowrank_train.nn, and what the method fixes of it."""
 
@@ -95,6 +108,7 @@ def reparametrise(
     taken = Options(method, options, published)
     try:
         weights = weights_of(method, taken)
+        weights.events()  # some cannot do without the length of the run
         merge = merge_of(method, taken)
         rule = torch_adam(taken)
     except ValueError as error:
@@ -157,6 +171,8 @@ def weights_of(method: str, options: Options) -> Weights:
             given.setdefault("init", "zero")
     if method == "int8":
         given.setdefault("published", options.published)
+    if method == "peft":  # the rest is PEFT's to judge, but what the optimizer takes
+        given["options"] = options.take_all(but=("betas", "eps", "target_modules"))
     return choice(**given)
 
 

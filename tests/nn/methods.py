@@ -91,6 +91,7 @@ def train(
     return losses
 
 
+ADALORA = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 12, "orth_reg_weight": 0.1}
 METHODS = [
     Method("lora", weights("lora.LoRA", rank=3)),
     Method("lora_rs_dropout", weights("lora.LoRA", rank=3, rslora=True, dropout=0.2), same_in_training=False),
@@ -135,6 +136,26 @@ METHODS = [
     Method("mora", weights("mora.MoRA", rank=3)),
     Method("mora_rotation", weights("mora.MoRA", rank=1, operator="rotation")),
     Method("remora", weights("mora.MoRA", rank=3, rounding="compensated"), merge={"every": 4}),
+    Method("lora_xs", weights("three_factors.LoRAXS", rank=3), keeps_weight=False),  # C begins near 0, not at 0
+    Method("curlora", weights("three_factors.CURLoRA", rank=3)),
+    Method("svfit", weights("three_factors.SVFit", rank=3, rounding="compensated")),
+    Method("sorsa", weights("three_factors.SORSA", rank=3, alpha=6.0, rounding="compensated")),
+    Method("loldu", weights("three_factors.LoLDU", rank=3, alpha=3.0, rounding="compensated")),
+    Method("moslora", weights("between.MoSLoRA", rank=3)),
+    Method("moslora_merged", weights("between.MoSLoRA", rank=3, rounding="compensated"), merge={"every": 4}),
+    Method("sora", weights("between.SoRA", rank=3, threshold=0.01)),
+    Method(
+        "sora_merged",
+        weights("between.SoRA", rank=3, threshold=0.1, rounding="compensated", warm_start_steps=2),
+        merge={"every": 4},
+    ),
+    Method("melora", weights("patterned_lora.MELoRA", rank=2, minis=4)),
+    Method("capaboost", weights("patterned_lora.CapaBoost", rank=3, copies=3)),
+    Method("dylora", weights("dylora.DyLoRA", rank=4), same_in_training=False),
+    Method("dylora_frozen", weights("dylora.DyLoRA", rank=4, frozen=True, used_rank=3), same_in_training=False),
+    Method("lora_pro", weights("lora_pro.LoRAPro", rank=3)),
+    Method("lora_sb", weights("lora_sb.LoRASB", rank=3)),
+    Method("nola", weights("nola.NOLA", rank=3, bases=30)),
     Method("cola", weights("lora.LoRA", rank=3, rounding="compensated"), merge={"every": 6, "moments": "fresh"}),
     Method(
         "lte",
@@ -178,4 +199,15 @@ METHODS = [
         weights("sltrain.SLTrain", rank=3, sp_ratio=0.2, trainable_scaling=True),
         keeps_weight=False,
     ),
+    Method("peft_vera", weights("peft.Peft", type="VERA", options={"r": 16, "d_initial": 1.0})),
+    Method(
+        "peft_vb_lora",
+        weights("peft.Peft", type="VBLORA", options={"num_vectors": 8, "vector_length": 4}),
+        keeps_weight=False,  # PEFT starts both factors at random
+    ),
+    Method("peft_randlora", weights("peft.Peft", type="RANDLORA", options={"r": 4, "randlora_alpha": 80})),
+    Method("peft_hra", weights("peft.Peft", type="HRA", options={"r": 4})),
+    Method("peft_miss", weights("peft.Peft", type="MISS", options={"r": 4})),
+    Method("peft_qlora", weights("peft.Peft", base="nf4", options={"r": 4}), keeps_weight=False),
+    Method("peft_adalora", weights("peft.Peft", type="ADALORA", options=ADALORA)),
 ]

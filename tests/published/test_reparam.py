@@ -37,7 +37,7 @@ class Block(nn.Module):
 SMALL: dict[str, dict[str, Any]] = {
     "loha": {"rank": 2}, "fedpara": {"rank": 2}, "block_dense": {"rank": 4}, "dlrt": {"rank": 4}, "slope": {},
     "trp": {}, "block_shuffle": {}, "cuttlefish": {}, "maestro": {}, "lte": {"rank": 4, "alpha": 4.0},
-    "int8": {"group": 64},
+    "int8": {"group": 64}, "peft": {"type": "LORA", "r": 4},
 }  # fmt: skip
 """What is not simply rank=4."""
 
@@ -125,6 +125,9 @@ def test_a_single_layer_needs_no_model() -> None:
         ("lora", {"rnk": 4}, "did you mean rank?"),
         ("lora", {"rank": 17}, "above the short side of 16 x 16"),
         ("lora", {"modules": ["attention"]}, "matched no"),
+        ("peft", {"type": "VERAA"}, "Did you mean VERA?"),
+        ("peft", {"type": "vera", "rr": 4}, "VERA has no option rr"),
+        ("peft", {"type": "adalora"}, "total_step: AdaLoRA's budget needs the number of updates"),
         ("relora", {"lora_only": True}, "merges need the original weights"),
         ("relora", {"optimizer_magnitude_pruning": 0.8, "optimizer_random_pruning": 0.9}, "exactly one of"),
     ],
