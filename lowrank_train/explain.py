@@ -19,7 +19,7 @@ from lowrank_train.config.parts import AXES, TARGET
 from lowrank_train.config.schema import RunConfig, StrategyConfig
 from lowrank_train.data import load_tokenizer
 from lowrank_train.memory.counting import bytes_of
-from lowrank_train.models import meta_model
+from lowrank_train.models import meta_model, outputs_of
 from lowrank_train.report.banner import model_sentence
 from lowrank_train.report.savings import advice, saving
 from lowrank_train.report.units import format_bytes
@@ -43,7 +43,12 @@ def explain(config: RunConfig) -> int:
 def explanation(config: RunConfig) -> list[str]:
     """The lines of `explain`."""
     vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
-    model = meta_model(config.model, vocab_size=vocab_size, dtype=getattr(torch, config.precision.weights))
+    model = meta_model(
+        config.model,
+        vocab_size=vocab_size,
+        dtype=getattr(torch, config.precision.weights),
+        outputs=outputs_of(config.data),
+    )
     state_dtype = getattr(torch, config.precision.state)
     strategy = Strategy.from_config(
         config.strategy,

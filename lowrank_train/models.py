@@ -8,15 +8,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from lowrank_train.config.errors import UserError
-from lowrank_train.config.schema import ModelConfig
+from lowrank_train.config.schema import DataConfig, ModelConfig
 from lowrank_train.config.seeding import seed_from_name
+from lowrank_train.data.glue import TASKS
 from lowrank_train.kernels.cross_entropy import linear_cross_entropy_sum
 
 
-def architecture(model: ModelConfig, *, vocab_size: int) -> Any:
+def outputs_of(data: DataConfig) -> int | None:
+    """How many numbers the model gives for a row of a GLUE task; None where it predicts the next token."""
+    return TASKS[data.task].num_outputs if data.source == "glue" and data.task is not None else None
+
+
+def auto_class(outputs: int | None) -> Any:
+    """What of transformers builds and loads a model with so many outputs for a row; None: of the next token."""
+    return AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
+
+
+def architecture(model: ModelConfig, *, vocab_size: int, outputs: int | None = None) -> Any:
     """The transformers configuration. UserError when the tokenizer has more pieces than the model has rows."""
     if model.kind == "hf":
         assert model.path is not None, "config checks demand model.path"
@@ -42,27 +59,43 @@ def architecture(model: ModelConfig, *, vocab_size: int) -> Any:
             "rows; choose another data.tokenizer, or a model with model.vocab_size of at least that"
         )
     config.use_cache = False
+    if outputs is not None:
+        config.num_labels = outputs
     return config
 
 
-def meta_model(model: ModelConfig, *, vocab_size: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def meta_model(
+    model: ModelConfig, *, vocab_size: int, dtype: torch.dtype = torch.float32, outputs: int | None = None
+) -> PreTrainedModel:
     """The model without memory: every parameter a meta tensor of `dtype`."""
-    config = architecture(model, vocab_size=vocab_size)
+    config = architecture(model, vocab_size=vocab_size, outputs=outputs)
     with torch.device("meta"):
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+        built: PreTrainedModel = auto_class(outputs).from_config(
             config, dtype=dtype, attn_implementation=model.attention
         )
     return built
 
 
 def build_model(
-    model: ModelConfig, *, vocab_size: int, dtype: torch.dtype, device: torch.device | str, seed: int
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    outputs: int | None = None,
 ) -> PreTrainedModel:
-    """A model in training mode on `device`, in `dtype`; its initial numbers come from (seed, module name) alone."""
-    if model.kind == "hf" and model.pretrained:
+    """A model in training mode on `device`, in `dtype`; its initial numbers come from (seed, module name) alone.
+
+    `outputs`: numbers for a whole row, from a head that is initialised anew where the folder has none of that size;
+    None: the next token.
+    """
+    if model.kind == "hf" and model.pretrained and outputs is not None:
+        built = _with_row_head(model, vocab_size, dtype, seed, outputs).to(device)
+    elif model.kind == "hf" and model.pretrained:
         architecture(model, vocab_size=vocab_size)
         with user_errors(f"model.path={model.path}"):
-            built: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            built = AutoModelForCausalLM.from_pretrained(
                 model.path,
                 revision=model.revision,
                 dtype=dtype,
@@ -72,7 +105,7 @@ def build_model(
             ).to(device)
         built.config.use_cache = False
     else:
-        built = meta_model(model, vocab_size=vocab_size, dtype=dtype)
+        built = meta_model(model, vocab_size=vocab_size, dtype=dtype, outputs=outputs)
         built.to_empty(device=device)
         built.tie_weights()
         initialize_(built, seed)
@@ -85,10 +118,42 @@ def build_model(
     return built
 
 
-def initialize_(model: PreTrainedModel, seed: int) -> None:
-    """Fill a model that was allocated empty: transformers' own rule, under a generator seeded module by module."""
+def _with_row_head(model: ModelConfig, vocab_size: int, dtype: torch.dtype, seed: int, outputs: int) -> PreTrainedModel:
+    """A pre-trained body under a head of `outputs` numbers. UserError where the folder lacks a part of the body."""
+    config = architecture(model, vocab_size=vocab_size, outputs=outputs)
+    with user_errors(f"model.path={model.path}"):
+        built, loaded = AutoModelForSequenceClassification.from_pretrained(
+            model.path,
+            config=config,
+            revision=model.revision,
+            dtype=dtype,
+            attn_implementation=model.attention,
+            use_safetensors=True,  # a pickle can run code
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # the head of another task, such as MNLI's three labels
+            output_loading_info=True,
+        )
+    anew = {*loaded["missing_keys"], *(found[0] for found in loaded["mismatched_keys"])}
+    body = [name for name in sorted(anew) if name.startswith(f"{built.base_model_prefix}.") and ".pooler." not in name]
+    if body:
+        raise UserError(
+            f"model.path={model.path}: has no {body[0]} of the right shape, nor {len(body) - 1} other tensors of the "
+            f"model's body; it is no whole {type(built).__name__}"
+        )
+    initialize_(built, seed, {name.rpartition(".")[0] for name in anew})
+    trained: PreTrainedModel = built
+    return trained
+
+
+def initialize_(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
+    """Fill a model that was allocated empty: transformers' own rule, under a generator seeded module by module.
+
+    `only`: names of the modules to fill; None: all.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name, module in model.named_modules():
+            if only is not None and name not in only:
+                continue
             torch.manual_seed(seed_from_name(seed, name))
             # transformers marks initialised modules; one that was emptied since must be filled all the same
             module._is_hf_initialized = False

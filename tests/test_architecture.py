@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lowrank_train"
 FLOORS = [
     {"kernels", "config", "data", "checkpoint"},
     {"optim", "nn", "models"},
-    {"strategy", "strategy_checks", "reparametrising", "published", "evaluate", "export"},
+    {"strategy", "strategy_checks", "reparametrising", "published", "evaluate", "export", "adapter_files"},
     {"memory", "report", "explain", "doctor"},
     {"train"},
     {"cli"},

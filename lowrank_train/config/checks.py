@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from lowrank_train.config.glue_checks import glue_faults
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.strategy_checks import (
     micro_batches,
@@ -41,6 +42,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "data.validation_tokens": (1, True),
     "optim.lr": (0, False),
     "optim.warmup_steps": (0, True),
+    "optim.warmup_ratio": (0, True),
     "optim.min_lr_ratio": (0, True),
     "optim.cycle_steps": (1, True),
     "optim.restart_warmup_steps": (0, True),
@@ -48,6 +50,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "optim.grad_clip": (0, False),
     "precision.int8_group": (1, True),
     "trainer.steps": (1, True),
+    "trainer.epochs": (1, True),
     "trainer.batch_size": (1, True),
     "trainer.total_batch_size": (1, True),
     "trainer.eval_every_steps": (0, True),
@@ -73,6 +76,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
 }
 UPPER_BOUNDS: dict[str, float] = {
     "seed": 2**32 - 1,
+    "optim.warmup_ratio": 1,
     "optim.min_lr_ratio": 1,
     "generate.top_p": 1,
     "strategy.subspace.density": 1,
@@ -82,7 +86,7 @@ UPPER_BOUNDS: dict[str, float] = {
 def cross_checks(config: RunConfig) -> list[str]:
     """Every broken rule, as a sentence with the numbers and the way out."""
     out_of_bounds = list(_bounds(config))
-    faults = [*out_of_bounds, *_task(config), *_data(config), *_precision(config)]
+    faults = [*out_of_bounds, *_task(config), *_data(config), *glue_faults(config), *_precision(config)]
     if not out_of_bounds:  # what follows divides by these numbers
         faults += _model(config)
     if config.task in TASKS_THAT_TRAIN and not faults:
@@ -153,7 +157,7 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data, model = config.data, config.model
-    if config.task in ("train", "data_prepare") and not data.train:
+    if config.task in ("train", "data_prepare") and not data.train and data.source != "glue":
         yield "data.train: names no files; give data.train=[FILE,...] or choose data="
     if not data.tokenizer and config.task in ("train", "data_prepare"):
         yield "data.tokenizer: is empty; name a SentencePiece .model, a tokenizer.json, a folder, or a name on the hub"
@@ -230,7 +234,7 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"trainer.total_batch_size={total}: must be a multiple of the {rows} rows of one micro-batch "
             f"(trainer.batch_size={trainer.batch_size} x {world_size(config)} devices), such as {near}"
         )
-    if config.optim.warmup_steps > trainer.steps:
+    if trainer.epochs is None and config.optim.warmup_steps > trainer.steps:
         yield (
             f"optim.warmup_steps={config.optim.warmup_steps}: is above trainer.steps={trainer.steps}; usual is "
             f"a tenth, optim.warmup_steps={trainer.steps // 10}"

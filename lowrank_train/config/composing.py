@@ -260,7 +260,7 @@ def _fill_in(config: RunConfig, origins: Origins) -> None:
     data.train, data.validation = [_found(path) for path in data.train], [_found(path) for path in data.validation]
     data.tokenizer = _found(data.tokenizer)
     if config.run_name is None:
-        config.run_name = f"{config.model.name}-{config.strategy.name}-{config.data.name}"
+        config.run_name = f"{config.model.name}-{config.strategy.name}-{config.data.task or config.data.name}"
 
 
 def _found(path: str) -> str:

@@ -54,7 +54,7 @@ def read_head(path: Path) -> Recipe:
 
 
 def show_recipes(words: Sequence[str]) -> int:
-    """Print the list of recipes, or the files of those named."""
+    """Print the list of recipes, or the files of those named; those that only vary a listed one are not listed."""
     by_name = {recipe_name(path): path for path in recipe_files()}
     unknown = [word for word in words if word not in by_name]
     if unknown:
@@ -68,7 +68,8 @@ def show_recipes(words: Sequence[str]) -> int:
     if words:
         print("\n".join(by_name[word].read_text(encoding="utf-8").rstrip() for word in words))
     else:
-        print(table([read_head(path) for path in by_name.values()], shutil.get_terminal_size((120, 24)).columns))
+        heads = [read_head(path) for path in by_name.values()]
+        print(table([head for head in heads if head.facts], shutil.get_terminal_size((120, 24)).columns))
     return 0
 
 

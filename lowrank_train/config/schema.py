@@ -45,7 +45,9 @@ class DataConfig:
     """Where documents come from and how they become rows of `seq_len` tokens."""
 
     name: str = "shakespeare"
-    source: Literal["jsonl", "text", "tokens"] = "jsonl"  # tokens: a folder made by `lowrank data prepare`
+    source: Literal["jsonl", "text", "tokens", "glue"] = "jsonl"  # tokens: a folder made by `lowrank data prepare`
+    task: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"] | None = None  # glue
+    folder: str | None = None  # glue: where a folder for each task lies, or the task's own; null: the hub
     train: list[str] = field(default_factory=list)  # files, globs, folders or hf:// addresses; {00000..01023} expands
     validation: list[str] = field(default_factory=list)
     revision: str | None = None  # commit for hf:// addresses
@@ -108,6 +110,7 @@ class OptimConfig:
     lr: float = 1e-3
     schedule: Literal["cosine", "cosine_restarts", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
+    warmup_ratio: float | None = None  # with trainer.epochs: share of all steps, in place of warmup_steps
     min_lr_ratio: float = 0.1  # of lr, reached at the last step
     cycle_steps: int | None = None  # updates from one restart to the next; null: no restarts
     restart_warmup_steps: int = 0  # updates from 0 back up to the cosine after each restart
@@ -121,6 +124,7 @@ class TrainerConfig:
     """Length, batch and cadence of a run, and the machine it runs on."""
 
     steps: int = 1000  # updates
+    epochs: int | None = None  # glue: passes over the rows, which decide steps and eval_every_steps; null: steps
     batch_size: int = 4  # rows per device and micro-batch
     total_batch_size: int | None = None  # rows per update over all devices; null: batch_size x devices
     eval_every_steps: int = 500  # 0: only at the end
@@ -169,6 +173,7 @@ class RunConfig:
     seed: int = 42
     run: str | None = None  # export, generate, evaluate: a run folder or a Hugging Face folder
     out: str | None = None  # export, data prepare, compare: the folder to write
+    adapter: bool = False  # export: PEFT's adapter_config.json and adapter_model.safetensors in place of a whole model
     runs: list[str] = field(default_factory=list)  # compare, card: run folders; on the command line without runs=
     paper: str | None = None  # compare: the published table to set the runs beside, such as galore_table2
     card: str | None = None  # plan: the card to judge, such as 4090; null: all that are known

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lowrank_train.checkpoint import checkpoint_step, load_weights, newest_complete, read_manifest
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig, TrainerConfig
 from lowrank_train.data import Tokenizer, load_tokenizer
-from lowrank_train.models import build_model, user_errors
+from lowrank_train.models import auto_class, build_model, outputs_of, user_errors
 from lowrank_train.strategy import Strategy
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,10 @@ def _open_run(config: RunConfig, folder: Path, device: torch.device) -> Trained:
         dtype=DTYPES[config.precision.weights],
         device=device,
         seed=config.seed,
+        outputs=outputs_of(config.data),
     )
+    if outputs_of(config.data) is not None:
+        model.config.pad_token_id = tokenizer.pad_id
     strategy = Strategy.from_config(config.strategy, seed=config.seed, int8_group=config.precision.int8_group)
     strategy.prepare(model)
     model.load_state_dict(load_weights(checkpoint, manifest), strict=True)
@@ -89,15 +92,24 @@ def _open_run(config: RunConfig, folder: Path, device: torch.device) -> Trained:
 
 
 def _open_hugging_face(config: RunConfig, folder: Path, device: torch.device) -> Trained:
-    tokenizer = load_tokenizer(config.data.tokenizer or str(folder))
+    tokenizer, outputs = load_tokenizer(config.data.tokenizer or str(folder)), outputs_of(config.data)
     with user_errors(f"run={folder}"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            use_safetensors=True,  # a pickle can run code
-            trust_remote_code=False,
-            local_files_only=True,
-        ).to(device)
+        model: PreTrainedModel = (
+            auto_class(outputs)
+            .from_pretrained(
+                folder,
+                dtype="auto",
+                use_safetensors=True,  # a pickle can run code
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+            .to(device)
+        )
+    if outputs is not None and outputs != model.config.num_labels:
+        raise UserError(
+            f"run={folder}: gives {model.config.num_labels} numbers for a row, and data.task={config.data.task} needs "
+            f"{outputs}; it was trained on another task"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise UserError(

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from lowrank_train.config.checks import micro_batches
 from lowrank_train.config.schema import RunConfig
-from lowrank_train.evaluate.perplexity import evaluate
+from lowrank_train.evaluate.heads import CausalHead, head_of
 from lowrank_train.memory.watch import StorageWatch, Watched, fake_world, make_fake
-from lowrank_train.models import causal_loss, meta_model
+from lowrank_train.models import meta_model, outputs_of
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.strategy import Strategy
 
@@ -41,7 +41,9 @@ def prepared(config: RunConfig, vocab_size: int, layers: int | None = None) -> t
     if layers is not None:
         settings = copy.copy(settings)
         settings.num_hidden_layers = layers
-    model = meta_model(settings, vocab_size=vocab_size, dtype=getattr(torch, config.precision.weights))
+    model = meta_model(
+        settings, vocab_size=vocab_size, dtype=getattr(torch, config.precision.weights), outputs=outputs_of(config.data)
+    )
     state_dtype = getattr(torch, config.precision.state)
     strategy = Strategy.from_config(
         config.strategy,
@@ -113,6 +115,7 @@ class _Life:
         self.micro_batches = min(2, micro_batches(config))  # the third is as the second
         watch.name_parameters(model)
         self.optimizer = optimizer_for(config, strategy, model)
+        self.head = head_of(config)
         self.batch = self._batch()
 
     def live(self) -> None:
@@ -131,18 +134,22 @@ class _Life:
                 watch.name_parameters(self.model)
         with self._remarked("an evaluation"):
             watch.begin("evaluation")
-            evaluate(
-                self.model,
-                [self.batch],
-                chunk_tokens=self.config.model.loss_chunk_tokens,
-                device=DEVICE,
-                autocast=self.autocast,
-            )
+            self.evaluate()
         with self._remarked("a checkpoint"):
             watch.begin("checkpoint")
             held = (self.model.state_dict(), self.optimizer.state_dict())
             watch.mark("checkpoint")
             del held
+
+    def evaluate(self) -> None:
+        """A batch of it; the metrics of a GLUE task need numbers, and a few bytes."""
+        if isinstance(self.head, CausalHead):
+            self.head.evaluate(self.model, [self.batch], device=DEVICE, autocast=self.autocast)
+            return
+        self.model.eval()
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
+            self.head.loss(self.model, self.batch)
+        self.model.train()
 
     def update(self, phase: str) -> None:
         """One update of all its micro-batches; the last one's passes run inside the optimizer's step."""
@@ -156,7 +163,7 @@ class _Life:
         self.watch.begin(f"{phase}: forward{suffix}")
         before = self.watch.bytes_now
         with torch.autocast(DEVICE.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            loss_sum, targets = causal_loss(self.model, self.batch, chunk_tokens=self.config.model.loss_chunk_tokens)
+            loss_sum, targets = self.head.loss(self.model, self.batch)
         loss = loss_sum / max(1, targets)
         self.watch.seen.moments[f"{phase}: activations{suffix}"] = self.watch.bytes_now - before
         if number == 0:
@@ -172,6 +179,10 @@ class _Life:
         """A micro-batch of full rows, every position of which is a target: the most that rows of this length hold."""
         shape = (self.config.trainer.batch_size, self.config.data.seq_len)
         batch: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=DEVICE)}
+        if outputs_of(self.config.data) is not None:
+            batch["attention_mask"] = torch.ones(shape, dtype=torch.int64, device=DEVICE)
+            batch["labels"] = torch.zeros(shape[0], dtype=torch.int64, device=DEVICE)
+            return batch
         batch["labels"] = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
         if self.config.data.packing == "concat" and self.config.data.mask_documents:
             batch["document_ids"] = torch.zeros(shape, dtype=torch.int32, device=DEVICE)

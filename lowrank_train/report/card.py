@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_train.report.console import Console
+from lowrank_train.report.glue_rows import glue_rows, is_glue
 from lowrank_train.report.units import format_bytes, format_duration
 
 
@@ -31,24 +32,10 @@ def indented(label: str, value: str, width: int) -> str:
 
 def card_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Label and value of each line of the card."""
-    learnt = 1 - result["val_perplexity"] / result["unigram_perplexity"]
-    verdict = f"{learnt:.0%} lower is learnt" if learnt > 0 else "nothing is learnt yet"
     state = result["state_bytes"]
     kinds = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in state.items())
     rows = [
-        (
-            "validation perplexity",
-            f"{result['val_perplexity']:.2f}  (loss {result['val_loss']:.4f}, {result['val_tokens']:,} tokens)",
-        ),
-        (
-            "unigram perplexity",
-            f"{result['unigram_perplexity']:.2f}  (guessing by frequency alone; {verdict})",
-        ),
-        (
-            "papers' formula",
-            f"{result['papers_val_perplexity']:.2f}  (batch means over n + 1 batches; only to compare with GaLore's "
-            "family)",
-        ),
+        *(glue_rows(result) if is_glue(result) else perplexity_rows(result)),
         (
             "trained",
             f"{result['steps']:,} steps, {result['tokens']:,} tokens, {format_duration(result['seconds'])}",
@@ -68,10 +55,33 @@ def card_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if result["skipped_tensors"]:
         rows.append(("left out", f"{result['skipped_tensors']} updates of a tensor whose gradient was not finite"))
-    rows += [("sample", result["sample"]), ("run folder", result["run_folder"]), ("loss curve", result["loss_curve"])]
+    if not is_glue(result):
+        rows.append(("sample", result["sample"]))
+    rows += [("run folder", result["run_folder"]), ("loss curve", result["loss_curve"])]
     if "card" in result:
         rows.append(("this card", result["card"]))
     return rows
+
+
+def perplexity_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """How well a run predicts text."""
+    learnt = 1 - result["val_perplexity"] / result["unigram_perplexity"]
+    verdict = f"{learnt:.0%} lower is learnt" if learnt > 0 else "nothing is learnt yet"
+    return [
+        (
+            "validation perplexity",
+            f"{result['val_perplexity']:.2f}  (loss {result['val_loss']:.4f}, {result['val_tokens']:,} tokens)",
+        ),
+        (
+            "unigram perplexity",
+            f"{result['unigram_perplexity']:.2f}  (guessing by frequency alone; {verdict})",
+        ),
+        (
+            "papers' formula",
+            f"{result['papers_val_perplexity']:.2f}  (batch means over n + 1 batches; only to compare with GaLore's "
+            "family)",
+        ),
+    ]
 
 
 def padding_remark(result: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ from rich.text import Text
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.report.console import Console
+from lowrank_train.report.glue_table import glue_report, write_glue
 from lowrank_train.report.grouping import best_lines, difference_lines, grouped, rank, warnings
-from lowrank_train.report.published_tables import PublishedTable, beside_published, read_table
+from lowrank_train.report.published_tables import PublishedTable, beside_published, glue_table_names, read_table
 from lowrank_train.report.runs import BrokenRun, RunRecord, differing, read_run, shown
 from lowrank_train.report.units import format_bytes, format_count, format_duration
 
@@ -26,28 +27,54 @@ UNKNOWN = "-"
 
 def compare(config: RunConfig) -> int:
     """Compare `runs` and write what came of it into `out`; UserError where none of the folders can be read."""
-    published = None if config.paper is None else read_table(config.paper)
+    tables = tables_of(config.paper)
     if not config.runs:
         raise UserError("runs: name the run folders, as in `lowrank compare runs/*`")
     runs, broken = readable([Path(name) for name in config.runs])
     if not runs:
         raise UserError(broken)
-    show(runs, broken, Path(config.out or DEFAULT_OUT), published)
+    show(runs, broken, Path(config.out or DEFAULT_OUT), *tables)
     return 0
 
 
 def compare_sweep(folders: list[Path], out: Path) -> None:
-    """The comparison at the end of a sweep, into the sweep's folder; nothing where no job has begun to train."""
+    """The comparison at the end of a sweep, into the sweep's folder; nothing where no job has begun to train.
+
+    `paper=` of its jobs is set beside, as in `lowrank compare`.
+    """
     runs, broken = readable(folders)
     if runs:
-        show(runs, broken, out, None)
+        show(runs, broken, out, *tables_of(runs[0].settings.get("paper")))
 
 
-def show(runs: list[RunRecord], broken: list[str], out: Path, published: PublishedTable | None) -> None:
-    """Print the comparison and write its files."""
+def tables_of(paper: str | None) -> tuple[PublishedTable | None, str | None]:
+    """The published table for runs on text, or the name of one for GLUE. UserError for a name that is neither."""
+    if paper is None or paper in glue_table_names():
+        return None, paper
+    return read_table(paper), None
+
+
+def show(
+    runs: list[RunRecord],
+    broken: list[str],
+    out: Path,
+    published: PublishedTable | None,
+    paper_of_glue: str | None,
+) -> None:
+    """Print the comparison and write its files; runs on GLUE tasks have a table of their own."""
     console = Console(None)
     for line in broken:
         console.warn(f"passed over: {line}")
+    of_tasks, runs = [run for run in runs if run.is_glue], [run for run in runs if not run.is_glue]
+    if of_tasks:
+        lines = glue_report(of_tasks, paper_of_glue)
+        console.say("\n".join(lines))
+        make_folder(out)
+        console.say(f"\nin {out}: {', '.join(path.name for path in write_glue(of_tasks, lines, out))}")
+    if paper_of_glue is not None and not of_tasks:
+        console.warn(f"paper={paper_of_glue}: is for runs on GLUE tasks, and here is none")
+    if not runs:
+        return
     console.show(rich_table(runs), "\n".join(plain_table(runs)))
     for line in warnings(runs):
         console.warn(line)
@@ -72,13 +99,18 @@ def write_files(runs: list[RunRecord], text: list[str], out: Path) -> list[Path]
     """compare.txt with what was said, compare.csv and the pictures; gives their paths."""
     from lowrank_train.report.compare_plots import draw_all  # matplotlib is not for a table alone
 
+    make_folder(out)
+    (out / "compare.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (out / "compare.csv").write_text(csv_text(runs), encoding="utf-8")
+    return [out / "compare.txt", out / "compare.csv", *draw_all(grouped(runs), out)]
+
+
+def make_folder(out: Path) -> None:
+    """UserError where it cannot be made."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out={out}: cannot be made a folder ({error.strerror})") from None
-    (out / "compare.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
-    (out / "compare.csv").write_text(csv_text(runs), encoding="utf-8")
-    return [out / "compare.txt", out / "compare.csv", *draw_all(grouped(runs), out)]
 
 
 COLUMNS: dict[str, Callable[[RunRecord], str]] = {

@@ -11,6 +11,7 @@ from typing import Any
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.report.card import card_rows
+from lowrank_train.report.glue_rows import glue_rows, is_glue, metrics_sentence
 from lowrank_train.report.published_tables import rows_of_an_update
 from lowrank_train.report.runs import CONFIG_FILE, METRICS_FILE, RESULT_FILE, BrokenRun, RunRecord, read_run, shown
 from lowrank_train.report.units import format_bytes, format_count, format_duration
@@ -68,7 +69,8 @@ def write_page(folder: Path) -> Path:
         folder / METRICS_FILE,
         folder / PICTURE_FILE,
         title=title(run.result),
-        unigram_perplexity=run.result["unigram_perplexity"],
+        unigram_perplexity=run.result.get("unigram_perplexity"),
+        of_rows=is_glue(run.result),
     )
     picture, config_text = (folder / PICTURE_FILE).read_bytes(), (folder / CONFIG_FILE).read_text(encoding="utf-8")
     try:
@@ -109,7 +111,7 @@ def page(run: RunRecord, result: dict[str, Any], picture: bytes, config_text: st
         *section("Configuration", main_keys(run)),
         f'<details><summary>Every key, as in <a href="{CONFIG_FILE}">{CONFIG_FILE}</a></summary>',
         f"<pre>{escape(config_text)}</pre></details>",
-        f"<h2>Sample</h2><pre>{escape(str(result['sample']))}</pre>",
+        *([] if is_glue(result) else [f"<h2>Sample</h2><pre>{escape(str(result['sample']))}</pre>"]),
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
@@ -124,8 +126,12 @@ def section(heading: str, rows: Rows) -> Iterator[str]:
 
 def figures(run: RunRecord, result: dict[str, Any]) -> Rows:
     """The numbers one looks for first."""
-    yield "validation perplexity", f"{result['val_perplexity']:.2f}"
-    yield "by the papers' formula", f"{result['papers_val_perplexity']:.2f}"
+    if is_glue(result):
+        yield "last evaluation", metrics_sentence(result["metrics"])
+        yield "best evaluation", metrics_sentence(result["best_metrics"])
+    else:
+        yield "validation perplexity", f"{result['val_perplexity']:.2f}"
+        yield "by the papers' formula", f"{result['papers_val_perplexity']:.2f}"
     yield "peak memory, measured", format_bytes(result["peak_memory_bytes"])
     if run.planned_peak_bytes is not None:
         yield "peak memory of tensors, planned", format_bytes(run.planned_peak_bytes)
@@ -135,6 +141,8 @@ def figures(run: RunRecord, result: dict[str, Any]) -> Rows:
 
 def result_rows(run: RunRecord, result: dict[str, Any]) -> Rows:
     """What the card on the terminal says, and the share of refreshes and MFU."""
+    if is_glue(result):
+        yield from glue_rows(result)
     wanted = ("validation perplexity", "unigram perplexity", "papers' formula", "trained", "speed", "left out")
     yield from ((label, value) for label, value in card_rows(result) if label in wanted)
     mfu = run.median("throughput/mfu")

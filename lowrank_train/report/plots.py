@@ -12,8 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 
-def plot_loss(metrics_path: Path, picture_path: Path, *, title: str, unigram_perplexity: float | None) -> None:
-    """Training loss raw and smoothed, validation points, the unigram line and small marks where a basis moved."""
+def plot_loss(
+    metrics_path: Path, picture_path: Path, *, title: str, unigram_perplexity: float | None, of_rows: bool = False
+) -> None:
+    """Training loss raw and smoothed, validation points, the unigram line and small marks where a basis moved.
+
+    `of_rows`: the loss is that of whole rows, as of GLUE's tasks, and no token's: it has no perplexity.
+    """
     with metrics_path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     steps = [int(row["step"]) for row in rows]
@@ -26,13 +31,15 @@ def plot_loss(metrics_path: Path, picture_path: Path, *, title: str, unigram_per
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each update")
     axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
     if validated:
+        perplexity = math.exp(min(validated[-1][1], 700))
+        of_tokens = "" if of_rows else f" = perplexity {perplexity:.1f}"
         axes.plot(
             *zip(*validated, strict=True),
             color="tab:orange",
             marker="o",
             markersize=4,
             linewidth=1.2,
-            label=f"validation ({validated[-1][1]:.3f} = perplexity {math.exp(min(validated[-1][1], 700)):.1f})",
+            label=f"validation ({validated[-1][1]:.3f}{of_tokens})",
         )
     if unigram_perplexity is not None:
         axes.axhline(
@@ -46,6 +53,8 @@ def plot_loss(metrics_path: Path, picture_path: Path, *, title: str, unigram_per
         mark_refreshes(axes, refreshed)
     mark_events(axes, happened)
     dress(axes, title, losses, [loss for _, loss in validated])
+    if of_rows:
+        axes.set_ylabel("loss, mean over rows")
     axes.set_xlim(0, max(steps, default=1))
     aside = picture_path.with_name(picture_path.name + ".partial")
     figure.savefig(aside, format="png")

@@ -16,6 +16,7 @@ from lowrank_train.report.runs import RunRecord, shown
 from lowrank_train.report.units import format_count
 
 PAPERS = Path(__file__).with_name("papers")
+GLUE_PAPERS = PAPERS / "glue"  # tables of another form: report/glue_table.py
 GB = 1e9
 UNKNOWN = "unknown"  # the value of a setting of the table that is not known of one of its figures
 FORMULAS = {
@@ -57,13 +58,19 @@ def table_names() -> list[str]:
     return sorted(path.stem for path in PAPERS.glob("*.yaml"))
 
 
+def glue_table_names() -> list[str]:
+    """What `paper=` takes for runs on GLUE."""
+    return sorted(path.stem for path in GLUE_PAPERS.glob("*.yaml"))
+
+
 @cache
 def read_table(name: str) -> PublishedTable:
     """UserError, with what was probably meant, for a name that is none of the tables."""
     names = table_names()
+    known = [*names, *glue_table_names()]
     if name not in names:
         raise UserError(
-            f"paper={name}: there is no such table{did_you_mean(name, names) or '.'} There are: {', '.join(names)}"
+            f"paper={name}: there is no such table{did_you_mean(name, known) or '.'} There are: {', '.join(known)}"
         )
     found = load_container(PAPERS / f"{name}.yaml")
     figures = [

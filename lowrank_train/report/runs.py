@@ -13,9 +13,11 @@ from typing import Any
 
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.files import load_container
+from lowrank_train.report.glue_rows import is_glue
 
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.csv", "result.json"
-NEEDED_OF_RESULT = ("val_perplexity", "papers_val_perplexity", "tokens", "seconds", "state_bytes", "peak_memory_bytes")
+NEEDED_OF_RESULT = ("tokens", "seconds", "state_bytes", "peak_memory_bytes")
+NEEDED_OF_TEXT = ("val_perplexity", "papers_val_perplexity")
 
 # Keys that move numbers of a run; the others say what to do, where to write and what to print.
 OF_THE_RUN = ("seed", "model.", "data.", "strategy.", "precision.", "optim.", "trainer.")
@@ -67,8 +69,15 @@ class RunRecord:
         return self.points[-1].seconds if self.points else 0.0
 
     @property
+    def is_glue(self) -> bool:
+        """Whether it trains on a GLUE task, not on text."""
+        return self.settings.get("data.source") == "glue"
+
+    @property
     def perplexity(self) -> float | None:
-        """Token-weighted; of the last evaluation so far where the run is not finished."""
+        """Token-weighted; of the last evaluation so far where the run is not finished; None for GLUE."""
+        if self.is_glue:
+            return None
         if self.result is not None:
             return float(self.result["val_perplexity"])
         losses = [point.val_loss for point in self.points if point.val_loss is not None]
@@ -159,7 +168,8 @@ def read_result(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise BrokenRun(f"{path.name} cannot be read: {error}") from None
-    missing = [key for key in NEEDED_OF_RESULT if not isinstance(found, dict) or key not in found]
+    wanted = NEEDED_OF_RESULT if isinstance(found, dict) and is_glue(found) else (*NEEDED_OF_TEXT, *NEEDED_OF_RESULT)
+    missing = [key for key in wanted if not isinstance(found, dict) or key not in found]
     if missing:
         raise BrokenRun(f"{path.name} lacks {', '.join(missing)}")
     result: dict[str, Any] = found

@@ -10,7 +10,7 @@ import torch
 from lowrank_train.nn.events import Event
 from lowrank_train.nn.reparam import layers_of
 from lowrank_train.report.console import Console
-from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.module import RunModule
 from lowrank_train.train.recorder import as_ours
 
 
@@ -37,7 +37,7 @@ class EventRunner(L.Callback):
             self._console.say(f"step: {self._step}  {', '.join(module.events)}")
 
 
-def run_events(module: CausalLanguageModule, step: int) -> list[Event]:
+def run_events(module: RunModule, step: int) -> list[Event]:
     """Everything that is due after update number `step`, alike on all ranks; what has happened, in order."""
     happened = module.strategy.run_events(step, module.model, module.optimizer)
     if module.trainer.world_size > 1 and not all(event.quiet for event in happened):
@@ -45,7 +45,7 @@ def run_events(module: CausalLanguageModule, step: int) -> list[Event]:
     return happened
 
 
-def equalize(module: CausalLanguageModule) -> None:
+def equalize(module: RunModule) -> None:
     """Give every rank the first one's layers: a decomposition may differ in its last digits between devices.
 
     What is each rank's own stays so. Quiet events are left out: what happens at nearly every update treats numbers one

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.module import RunModule
 
 Fingerprints = Mapping[str, int]
 """Name of a tensor or number -> CRC-32 of its bytes, as checkpoints use it against damage."""
 
 
-def fingerprints(module: CausalLanguageModule) -> Fingerprints:
+def fingerprints(module: RunModule) -> Fingerprints:
     """Of weights, buffers, optimizer state and torch's random generator on this rank."""
     held = {
         "weights": module.model.state_dict(),

@@ -21,7 +21,7 @@ from lowrank_train.config.schema import RunConfig, TrainerConfig
 from lowrank_train.memory.out_of_memory import is_out_of_memory, obituary, phase_of
 from lowrank_train.report.console import Console, WarningsToConsole
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
-from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.module import RunModule
 
 # Warnings of Lightning and torch about what is so on purpose, or is not the user's to change.
 NOT_FOR_THE_USER = (
@@ -120,7 +120,7 @@ def build_trainer(
 
 
 @contextlib.contextmanager
-def explained_failures(config: RunConfig, module: CausalLanguageModule | None = None) -> Iterator[None]:
+def explained_failures(config: RunConfig, module: RunModule | None = None) -> Iterator[None]:
     """Out of memory as a RunStopped with remedies; Lightning's exit after Ctrl-C as the KeyboardInterrupt it was.
 
     `module`: None while it is not built yet.
@@ -137,7 +137,7 @@ def explained_failures(config: RunConfig, module: CausalLanguageModule | None = 
         raise
 
 
-def out_of_memory_text(config: RunConfig, module: CausalLanguageModule | None, error: BaseException) -> str:
+def out_of_memory_text(config: RunConfig, module: RunModule | None, error: BaseException) -> str:
     """What happened in which phase, what is saved, what was held, and what needs less, planned for this run."""
     first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
     phase = f"out of memory ({phase_of(error)}"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lowrank_train.config.errors import EXIT_NOT_FINITE, RunStopped
 from lowrank_train.config.schema import OptimConfig, RunConfig
-from lowrank_train.models import causal_loss
+from lowrank_train.evaluate.heads import head_of
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.schedule import multiplier
 from lowrank_train.strategy import Strategy
@@ -46,7 +46,7 @@ class Update:
     lr: dict[str, float]  # the rate used, by the group's name
 
 
-class CausalLanguageModule(L.LightningModule):
+class RunModule(L.LightningModule):
     """Trains `model` with `optimizer`; of the memory strategy behind them it knows the protocol alone."""
 
     def __init__(
@@ -63,6 +63,7 @@ class CausalLanguageModule(L.LightningModule):
         """`facts` are fingerprints that every checkpoint's manifest repeats."""
         super().__init__()
         self.config = config
+        self.head = head_of(config)
         self.model = model
         self.strategy = strategy
         self.optimizer = optimizer
@@ -106,7 +107,7 @@ class CausalLanguageModule(L.LightningModule):
         if self._window is None:
             self._window = self._open_window(batch)
         window = self._window
-        loss_sum, _ = causal_loss(self.model, batch, chunk_tokens=self.config.model.loss_chunk_tokens)
+        loss_sum, _ = self.head.loss(self.model, batch)
         self._require_finite(loss_sum)
         window.loss_sum += loss_sum.detach().double()
         window.tokens += batch["num_tokens"]

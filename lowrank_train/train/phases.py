@@ -18,10 +18,10 @@ from lowrank_train.memory.devices import forget_memory_peak, memory_peak_bytes
 from lowrank_train.memory.out_of_memory import is_out_of_memory
 from lowrank_train.report.banner import phase_line
 from lowrank_train.report.console import Console
-from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.module import RunModule
 from lowrank_train.train.recorder import as_ours
 
-Act = Callable[[CausalLanguageModule, int], None]
+Act = Callable[[RunModule, int], None]
 """(module, number of the update just made) -> what is done at one place among the callbacks."""
 
 
@@ -117,7 +117,7 @@ class LastRow(Logger):
         """Nothing: they are those of the run."""
 
 
-def stop_together(module: CausalLanguageModule, fault: str, code: int) -> None:
+def stop_together(module: RunModule, fault: str, code: int) -> None:
     """RunStopped on every rank as soon as one of them has a fault."""
     if module.any_rank(bool(fault)):
         raise RunStopped(fault or "another device has stopped", code)

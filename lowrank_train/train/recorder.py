@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 
-from lowrank_train.evaluate.perplexity import Evaluation, evaluate
+from lowrank_train.evaluate.heads import CausalHead
 from lowrank_train.memory.devices import memory_now_bytes, memory_peak_bytes
 from lowrank_train.report.console import Console
 from lowrank_train.train.csv_file import CsvFile
 from lowrank_train.train.interrupts import Interrupts
-from lowrank_train.train.module import CausalLanguageModule, Update
+from lowrank_train.train.module import RunModule, Update
 from lowrank_train.train.progress import ProgressDisplay
 from lowrank_train.train.rank_local import meet_ranks
 from lowrank_train.train.run_state import Stopwatch, restore_random_state
 
-ValidationBatches = Callable[..., Iterable[dict[str, Any]]]
-"""(rank, world_size) -> this rank's share of the validation batches."""
+ValidationBatches = Callable[..., Any]
+"""(rank, world_size) -> what the head evaluates on that rank: its share of the validation batches, or all rows."""
 
 COLUMNS_BEFORE_RATES = ("step", "tokens", "train/loss", "train/lr")
 COLUMNS_AFTER_RATES = (
@@ -39,14 +38,13 @@ COLUMNS_AFTER_RATES = (
     "optim/lost_updates_pct",  # of bfloat16 weights; empty unless precision.count_lost_updates
     "events",  # what happened after the update: merges, re-decompositions, ...
     "val/loss",
-    "val/perplexity",
-    "time/elapsed_sec",
 )
 
 
-def metric_columns(group_names: list[str]) -> list[str]:
-    """The columns of metrics.csv, with one rate for each group of parameters."""
-    return [*COLUMNS_BEFORE_RATES, *(f"train/lr_{name}" for name in group_names), *COLUMNS_AFTER_RATES]
+def metric_columns(group_names: list[str], of_the_task: Sequence[str] = CausalHead.columns) -> list[str]:
+    """The columns of metrics.csv, with one rate for each group of parameters, and what the task's evaluation finds."""
+    rates = [f"train/lr_{name}" for name in group_names]
+    return [*COLUMNS_BEFORE_RATES, *rates, *COLUMNS_AFTER_RATES, *of_the_task, "time/elapsed_sec"]
 
 
 class EvaluationInterrupted(Exception):
@@ -78,7 +76,7 @@ class Recorder(L.Callback):
         self._loggers = loggers
         self._utilization = utilization
         self._documents = documents
-        self._validation_rows: Iterable[dict[str, Any]] = ()
+        self._validation_rows: Any = ()
         self._step = 0
         self._elapsed_before_sec = 0.0
         self._evaluation_sec = 0.0
@@ -139,7 +137,7 @@ class Recorder(L.Callback):
         self._display.stop()
         self._interrupts.stop_listening()
 
-    def _measure(self, update: Update, module: CausalLanguageModule) -> dict[str, Any]:
+    def _measure(self, update: Update, module: RunModule) -> dict[str, Any]:
         """The row of one update, and the counters with it."""
         seconds = self._stopwatch.end_lap()
         counters, stats = module.counters, module.optimizer.stats
@@ -182,7 +180,7 @@ class Recorder(L.Callback):
             "time/elapsed_sec": counters.elapsed_sec,
         }
 
-    def _note_documents(self, module: CausalLanguageModule) -> None:
+    def _note_documents(self, module: RunModule) -> None:
         if self._documents is None and not module.config.data.log_documents:
             return
         began, module.began_documents = module.gather_over_ranks(module.began_documents), []
@@ -192,24 +190,23 @@ class Recorder(L.Callback):
                 for name in names:
                     self._documents.write({"step": self._step, "rank": rank, "document": name})
 
-    def _evaluate_into(self, row: dict[str, Any], trainer: L.Trainer, module: CausalLanguageModule) -> None:
+    def _evaluate_into(self, row: dict[str, Any], trainer: L.Trainer, module: RunModule) -> None:
         watch = Stopwatch()
         found = self._evaluate(trainer, module)
         self._evaluation_sec = watch.end_lap()
-        module.counters.evaluation = {"step": row["step"], **asdict(found)}
-        row["val/loss"], row["val/perplexity"] = found.loss, found.perplexity
-        self._console.say(
-            f"step: {row['step']}  val_loss: {found.loss:.4f}  val_perplexity: {found.perplexity:.2f}  "
-            f"({found.num_targets:,} tokens in {self._evaluation_sec:.1f} s)"
-        )
+        module.counters.evaluation = {"step": row["step"], **found}
+        score, best = module.head.score(found), module.counters.best_evaluation
+        if score is not None and (not best or score > best["score"]):
+            module.counters.best_evaluation = {"score": score, "step": row["step"], **found}
+        row |= module.head.row(found)
+        self._console.say(f"step: {row['step']}  {module.head.sentence(found, self._evaluation_sec)}")
 
-    def _evaluate(self, trainer: L.Trainer, module: CausalLanguageModule) -> Evaluation:
+    def _evaluate(self, trainer: L.Trainer, module: RunModule) -> dict[str, Any]:
         alone = trainer.world_size == 1
         meet_ranks(module.model)
-        return evaluate(
+        return module.head.evaluate(
             module.model,
             self._validation_rows,
-            chunk_tokens=module.config.model.loss_chunk_tokens,
             device=module.device,
             autocast=module.config.precision.compute == "bf16-mixed",
             sum_over_ranks=module.sum_over_ranks,
@@ -236,9 +233,9 @@ class Recorder(L.Callback):
         return (steps - self._step) * pace_sec + evaluations * self._evaluation_sec
 
 
-def as_ours(module: L.LightningModule) -> CausalLanguageModule:
+def as_ours(module: L.LightningModule) -> RunModule:
     """The module's own type, which Lightning's hooks do not know."""
-    assert isinstance(module, CausalLanguageModule)
+    assert isinstance(module, RunModule)
     return module
 
 

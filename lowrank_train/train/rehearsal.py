@@ -30,7 +30,7 @@ from lowrank_train.train.events import EventRunner, run_events
 from lowrank_train.train.fingerprints import Fingerprints, differing, fingerprints, listed
 from lowrank_train.train.interrupts import Interrupts
 from lowrank_train.train.machinery import build_trainer, explained_failures, is_first_rank
-from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.module import RunModule
 from lowrank_train.train.phases import Act, Cue, LastRow, Phases, stop_together
 from lowrank_train.train.progress import ProgressDisplay
 from lowrank_train.train.recorder import Recorder
@@ -45,7 +45,7 @@ SAME_LOSS = 1e-3  # relative, of two forward passes with the same weights on a G
 FIRST, SECOND, SAVED, COMPARED, AFTER_EVENTS = 1, 2, 3, 4, 5  # numbers of updates
 FOLDER = "rehearsal" + PARTIAL_SUFFIX  # beside the checkpoints: on their disk, and swept away as an unfinished one is
 
-Build = Callable[[RunConfig], CausalLanguageModule]
+Build = Callable[[RunConfig], RunModule]
 
 
 def rehearse(
@@ -118,7 +118,7 @@ class _Rehearsal:
         self.fit(module, self.first_updated, self.first_recorded, self.first_saved)
         return module.updates_done
 
-    def first_updated(self, module: CausalLanguageModule, step: int) -> None:
+    def first_updated(self, module: RunModule, step: int) -> None:
         if step == FIRST:
             self.phases.end(f"{module.micro_batches} x {self.config.trainer.batch_size} rows a device")
         elif step == SECOND:
@@ -127,13 +127,13 @@ class _Rehearsal:
             self.phases.end(f"{module.optimizer.stats['refreshes']} moved" if self.moving else "")
             self.phases.begin("evaluation")
 
-    def first_recorded(self, module: CausalLanguageModule, step: int) -> None:
+    def first_recorded(self, module: RunModule, step: int) -> None:
         found = module.counters.evaluation
         if step == SAVED and found:  # else a signal came
             self.phases.end(f"loss {found['loss']:.4f} on {found['num_targets']:,} tokens")
             self.phases.begin("save")
 
-    def first_saved(self, module: CausalLanguageModule, step: int) -> None:
+    def first_saved(self, module: RunModule, step: int) -> None:
         if step == FIRST:
             self.phases.begin("second update")
         elif step == SECOND:
@@ -160,15 +160,15 @@ class _Rehearsal:
                 text = sampled_paragraph(self.config, module.model.to(self.device), self.tokenizer)
             self.phases.end(f"{len(text)} characters")
 
-    def second_loaded(self, module: CausalLanguageModule, step: int) -> None:
+    def second_loaded(self, module: RunModule, step: int) -> None:
         different = differing(self.saved, fingerprints(module))
         stop_together(module, f"loaded otherwise than saved: {listed(different)}" if different else "", EXIT_FAILURE)
 
-    def second_updated(self, module: CausalLanguageModule, step: int) -> None:
+    def second_updated(self, module: RunModule, step: int) -> None:
         if step == AFTER_EVENTS:
             self.phases.end(", ".join(dict.fromkeys(self.happened)))
 
-    def second_saved(self, module: CausalLanguageModule, step: int) -> None:
+    def second_saved(self, module: RunModule, step: int) -> None:
         if step == COMPARED:
             self.phases.end(self.compared(module))
             later = sorted({event.first for event in module.strategy.events if step < event.first <= self.steps})
@@ -178,7 +178,7 @@ class _Rehearsal:
         if step == AFTER_EVENTS or not self.happened:
             module.trainer.should_stop = True
 
-    def compared(self, module: CausalLanguageModule) -> str:
+    def compared(self, module: RunModule) -> str:
         """The update after the checkpoint, made by the second objects, against that of the first."""
         different, loss = differing(self.expected, fingerprints(module)), self.last.row["train/loss"]
         if self.device.type == "cuda" and math.isclose(loss, self.expected_loss, rel_tol=SAME_LOSS) and different:
@@ -202,7 +202,7 @@ class _Rehearsal:
         difference, positions = compare(self.config, trained, folder)
         return f"reloaded; logits at {positions:,} positions differ by at most {difference:.1e}"
 
-    def room(self, module: CausalLanguageModule) -> str:
+    def room(self, module: RunModule) -> str:
         """What was written, and RunStopped where the disk cannot hold what the run keeps and one being written."""
         failure = self.checkpoints.failure
         stop_together(module, f"the disk is full: {failure}" if failure is not None else "", EXIT_DISK_FULL)
@@ -214,9 +214,7 @@ class _Rehearsal:
         stop_together(module, fault, EXIT_DISK_FULL)
         return fact
 
-    def fit(
-        self, module: CausalLanguageModule, updated: Act, recorded: Act | None, saved: Act, loaded: Act | None = None
-    ) -> None:
+    def fit(self, module: RunModule, updated: Act, recorded: Act | None, saved: Act, loaded: Act | None = None) -> None:
         """Train as the run does but silently, each act at its place; with `loaded`, from the checkpoint on."""
         interrupts, stopwatch, quiet = Interrupts(), Stopwatch(), Console(None, silent=True)
         display = ProgressDisplay(quiet, steps=self.steps, log_every_steps=self.steps)

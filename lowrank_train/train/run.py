@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -16,16 +14,10 @@ from lowrank_train.config.errors import RunStopped, UserError
 from lowrank_train.config.files import to_container
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.weights_checks import weights_remarks
-from lowrank_train.data import (
-    Tokenizer,
-    data_fingerprint,
-    load_tokenizer,
-    training_batches,
-    validation_batches,
-)
+from lowrank_train.data import Tokenizer, load_tokenizer
 from lowrank_train.evaluate.loading import DTYPES, pick_device
 from lowrank_train.memory.counting import weights_bytes
-from lowrank_train.models import build_model
+from lowrank_train.models import build_model, outputs_of
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.report.banner import BatchArithmetic, assignment_lines, model_sentence
 from lowrank_train.report.card import show_card
@@ -46,10 +38,11 @@ from lowrank_train.train.machinery import (
     micro_batches_of,
     quiet_libraries,
 )
-from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.module import RunModule
 from lowrank_train.train.progress import ProgressDisplay
 from lowrank_train.train.recorder import Recorder, metric_columns
 from lowrank_train.train.rehearsal import rehearse
+from lowrank_train.train.run_data import RunData, fit_model, prepare_data, with_length
 from lowrank_train.train.run_folder import CHECKPOINTS, METRICS_FILE, RESULT_FILE, RunFolder, prepare_run_folder
 from lowrank_train.train.run_length import RunIsLong, called_off_if_long
 from lowrank_train.train.run_state import Stopwatch, random_state, restore_random_state, seed_everything
@@ -61,6 +54,7 @@ from lowrank_train.train.utilization import utilization
 def train(config: RunConfig) -> int:
     """Train until done and return 0; UserError for what cannot work, RunStopped for a run that ended early."""
     device = pick_device(config.trainer, local_rank())
+    config = with_length(config)
     with contextlib.closing(prepare_run_folder(config, is_first_rank=is_first_rank())) as folder:
         console = Console(folder.path / "log.txt", silent=not is_first_rank())
         quiet_libraries(console)
@@ -74,7 +68,7 @@ def train(config: RunConfig) -> int:
         generators = random_state()
         module = build(config)
         announce(console, config, folder, module.model, module.strategy, data, device)
-        rehearses = config.rehearse if folder.resume_from is None else False
+        rehearses = config.rehearse if folder.resume_from is None and data.rows is None else False
         if rehearses is True or not fit(config, folder, console, module, data, device, rehearses == "auto"):
             del module
             rehearse(config, console, folder.path, build, tokenizer, device)
@@ -83,45 +77,14 @@ def train(config: RunConfig) -> int:
             fit(config, folder, console, module, data, device)
         if is_first_rank():
             with explained_failures(config, module):
-                result = summarize(config, folder, module, tokenizer, device)
+                result = summarize(config, folder, module, data, tokenizer, device)
             write_result(folder.path / RESULT_FILE, result)
             draw(folder)
             show_card(console, result)
     return 0
 
 
-@dataclass(frozen=True)
-class RunData:
-    """The data of a run, not yet opened: each rank opens its share."""
-
-    training: Any  # (rank, world_size, position) -> micro-batches
-    validation: Any  # (rank, world_size) -> batches
-    micro_batches: int
-    facts: dict[str, str]  # fingerprints
-
-
-def prepare_data(config: RunConfig, tokenizer: Tokenizer) -> RunData:
-    """Bind what does not depend on the rank. UserError for files that are not there."""
-    micro_batches = micro_batches_of(config.trainer)
-    batch_size = config.trainer.batch_size
-    return RunData(
-        training=functools.partial(
-            training_batches,
-            config.data,
-            tokenizer,
-            batch_size=batch_size,
-            micro_batches=micro_batches,
-            seed=config.seed,
-        ),
-        validation=functools.partial(validation_batches, config.data, tokenizer, batch_size=batch_size),
-        micro_batches=micro_batches,
-        facts={"tokenizer": tokenizer.fingerprint, "data": data_fingerprint(config.data)},
-    )
-
-
-def build_module(
-    config: RunConfig, *, tokenizer: Tokenizer, data: RunData, device: torch.device
-) -> CausalLanguageModule:
+def build_module(config: RunConfig, *, tokenizer: Tokenizer, data: RunData, device: torch.device) -> RunModule:
     """Model, strategy and optimizer, always the same of one configuration."""
     with explained_failures(config):
         model = build_model(
@@ -130,10 +93,12 @@ def build_module(
             dtype=DTYPES[config.precision.weights],
             device=device,
             seed=config.seed,
+            outputs=outputs_of(config.data),
         )
+        fit_model(config, model, tokenizer)
         strategy = prepare_strategy(config, model)
         optimizer = build_optimizer(config, strategy, model)
-    return CausalLanguageModule(
+    return RunModule(
         config, model, strategy, optimizer, data.training, micro_batches=data.micro_batches, facts=data.facts
     )
 
@@ -198,7 +163,7 @@ def announce(
         ),
         f"strategy {config.strategy.name}, step {config.strategy.when}, precision {config.precision.name}:",
         *assignment_lines(assignment),
-        f"data {config.data.name}: {config.data.packing}, {batch.sentence()}; {settings.steps:,} updates",
+        f"data {data_sentence(config, data, batch)}; {settings.steps:,} updates",
         *([utilization(model, config.data.seq_len, device, batch.devices)[1]] if device.type == "cuda" else []),
         f"run folder: {folder.path}",
     ]
@@ -210,11 +175,18 @@ def announce(
         console.warn(line)
 
 
+def data_sentence(config: RunConfig, data: RunData, batch: BatchArithmetic) -> str:
+    """What an update sees of the data."""
+    if data.rows is None:
+        return f"{config.data.name}: {config.data.packing}, {batch.sentence()}"
+    return f"{config.data.task}: {data.rows:,} rows of at most {config.data.seq_len} tokens, {batch.rows} an update"
+
+
 def fit(
     config: RunConfig,
     folder: RunFolder,
     console: Console,
-    module: CausalLanguageModule,
+    module: RunModule,
     data: RunData,
     device: torch.device,
     may_call_off: bool = False,
@@ -272,11 +244,9 @@ def fit(
     return True
 
 
-def open_tables(
-    config: RunConfig, folder: RunFolder, module: CausalLanguageModule
-) -> tuple[list[Logger], CsvFile | None]:
+def open_tables(config: RunConfig, folder: RunFolder, module: RunModule) -> tuple[list[Logger], CsvFile | None]:
     """metrics.csv and the loggers beside it, and documents.csv where wanted, all cut back to the step to go on from."""
-    metrics = MetricsCsv(folder.path / METRICS_FILE, metric_columns(module.strategy.group_names))
+    metrics = MetricsCsv(folder.path / METRICS_FILE, metric_columns(module.strategy.group_names, module.head.columns))
     metrics.file.start(folder.step)
     documents = None
     if config.data.log_documents:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from lowrank_train.train.interrupts import Interrupts
-from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.module import RunModule
 from lowrank_train.train.phases import Cue
 
 LONG_RUN_SEC = 3600.0  # rehearse=auto: a run beyond it is worth a rehearsal
@@ -23,11 +23,11 @@ def called_off_if_long(steps: int, interrupts: Interrupts) -> Cue:
     """
     began_sec = 0.0
 
-    def start(module: CausalLanguageModule, step: int) -> None:
+    def start(module: RunModule, step: int) -> None:
         nonlocal began_sec
         began_sec = time.perf_counter()
 
-    def judge(module: CausalLanguageModule, step: int) -> None:
+    def judge(module: RunModule, step: int) -> None:
         if step != 1:
             return
         long = module.any_rank((time.perf_counter() - began_sec) * steps > LONG_RUN_SEC)

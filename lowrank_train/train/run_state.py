@@ -28,7 +28,8 @@ class Counters:
     peak_memory_bytes: int = 0
     sessions: int = 0
     data_ended: bool = False
-    evaluation: dict[str, Any] = field(default_factory=dict)  # the last one, by the fields of Evaluation
+    evaluation: dict[str, Any] = field(default_factory=dict)  # the last one, as the head gives it
+    best_evaluation: dict[str, Any] = field(default_factory=dict)  # where the task has a score, with the score
     pending_row: dict[str, Any] = field(default_factory=dict)  # of an update whose evaluation was interrupted
 
     @classmethod

@@ -12,7 +12,7 @@ from lowrank_train.config.errors import EXIT_DISK_FULL, EXIT_TERMINATED, RunStop
 from lowrank_train.report.console import Console
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
 from lowrank_train.train.interrupts import Interrupts
-from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.module import RunModule
 from lowrank_train.train.recorder import as_ours, is_last_update
 from lowrank_train.train.run_state import Stopwatch
 
@@ -65,7 +65,7 @@ class Saver(L.Callback):
             trainer.should_stop = True
         self._stopwatch.leave_out_until_now()
 
-    def _save(self, trainer: L.Trainer, module: CausalLanguageModule, *, must_succeed: bool) -> None:
+    def _save(self, trainer: L.Trainer, module: RunModule, *, must_succeed: bool) -> None:
         path = checkpoint_folder(self._folder, self._step)
         trainer.save_checkpoint(path, weights_only=False)
         if not module.any_rank(self._checkpoints.failure is not None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.data import Tokenizer, unigram_perplexity
 from lowrank_train.evaluate.generate import sample
+from lowrank_train.evaluate.heads import GlueHead
 from lowrank_train.evaluate.perplexity import Evaluation
 from lowrank_train.memory.counting import weights_bytes
 from lowrank_train.memory.devices import device_name
 from lowrank_train.memory.plan import planned
-from lowrank_train.optim.activity import is_trainable
 from lowrank_train.report.page import CARD_FILE, write_page
 from lowrank_train.report.result import hardware, library_versions, project_commit
-from lowrank_train.train.module import CausalLanguageModule
+from lowrank_train.train.module import RunModule
+from lowrank_train.train.run_data import RunData
 from lowrank_train.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -29,30 +31,26 @@ log = logging.getLogger(__name__)
 def summarize(
     config: RunConfig,
     folder: RunFolder,
-    module: CausalLanguageModule,
+    module: RunModule,
+    data: RunData,
     tokenizer: Tokenizer,
     device: torch.device,
 ) -> dict[str, Any]:
     """The content of result.json."""
-    counters, evaluation = module.counters, dict(module.counters.evaluation)
-    steps = evaluation.pop("step")
-    found = Evaluation(**evaluation)
+    counters = module.counters
     commit, changed = project_commit()
     return {
-        "val_loss": found.loss,
-        "val_perplexity": found.perplexity,
-        "val_tokens": found.num_targets,
-        "unigram_perplexity": unigram_perplexity(config.data, tokenizer),
-        "papers_val_loss": found.papers_loss,
-        "papers_val_perplexity": found.papers_perplexity,
+        **(of_glue(config, module, data) if data.rows is not None else of_text(config, module, tokenizer)),
         "tokens_per_sec": counters.tokens_per_sec,
         "positions_per_sec": counters.positions_per_sec,
         "peak_memory_bytes": counters.peak_memory_bytes,
         "state_bytes": module.optimizer.state_bytes(),
         "weights_bytes": weights_bytes(module.model),
         "parameters": sum(p.numel() for p in module.model.parameters()),
-        "trainable_parameters": sum(p.numel() for p in module.model.parameters() if is_trainable(p)),
-        "steps": steps,
+        "trainable_parameters": sum(
+            math.prod(row.shape) for row in module.strategy.assignment(module.model) if row.role != "frozen"
+        ),
+        "steps": counters.evaluation["step"],
         "tokens": counters.tokens,
         "positions": counters.positions,
         "seconds": counters.elapsed_sec,
@@ -63,7 +61,7 @@ def summarize(
         "skipped_tensors": counters.skipped_tensors,
         "model": config.model.name,
         "strategy": config.strategy.name,
-        "data": config.data.name,
+        "data": config.data.task or config.data.name,
         "precision": config.precision.name,
         "seed": config.seed,
         "commit": commit,
@@ -72,11 +70,41 @@ def summarize(
         "data_fingerprint": module.facts["data"],
         "versions": library_versions(),
         "hardware": hardware(device, device_name(device), config.trainer.devices * config.trainer.num_nodes),
-        "sample": sampled_paragraph(config, module.model.to(device), tokenizer),
+        "sample": sampled_paragraph(config, module.model.to(device), tokenizer) if data.rows is None else "",
         "planned": planned_memory(config),
         "run_folder": str(folder.path),
         "loss_curve": str(folder.path / "loss.png"),
         "card": str(folder.path / CARD_FILE),
+    }
+
+
+def of_text(config: RunConfig, module: RunModule, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How well the model predicts text, by the last evaluation."""
+    found = Evaluation(**{key: value for key, value in module.counters.evaluation.items() if key != "step"})
+    return {
+        "val_loss": found.loss,
+        "val_perplexity": found.perplexity,
+        "val_tokens": found.num_targets,
+        "unigram_perplexity": unigram_perplexity(config.data, tokenizer),
+        "papers_val_loss": found.papers_loss,
+        "papers_val_perplexity": found.papers_perplexity,
+    }
+
+
+def of_glue(config: RunConfig, module: RunModule, data: RunData) -> dict[str, Any]:
+    """The official metrics of the last and of the best evaluation, and those of the commonest label."""
+    assert isinstance(module.head, GlueHead), "the rows of a task have its head"
+    last, best = module.counters.evaluation, module.counters.best_evaluation
+    epoch = config.trainer.eval_every_steps if config.trainer.epochs is not None else None
+    return {
+        "val_loss": last["loss"],
+        "val_rows": last["num_targets"],
+        "metrics": last["metrics"],
+        "best_metrics": best["metrics"],
+        "best_step": best["step"],
+        "best_by": list(module.head.task.best_by),
+        "updates_per_epoch": epoch,
+        "commonest_label_metrics": module.head.of_the_commonest_label(data.labels, data.validation(0, 1)),
     }
 
 

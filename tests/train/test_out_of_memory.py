@@ -15,6 +15,7 @@ from lowrank_train.checkpoint import newest_complete
 from lowrank_train.cli import main
 from lowrank_train.config import compose
 from lowrank_train.config.errors import EXIT_OUT_OF_MEMORY
+from lowrank_train.evaluate import heads
 from lowrank_train.memory import out_of_memory
 from lowrank_train.memory.cards import Card
 from lowrank_train.memory.fitting import Search
@@ -22,7 +23,7 @@ from lowrank_train.memory.out_of_memory import is_out_of_memory
 from lowrank_train.nn.lora import LoRALinear
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.subspace.randomized import Randomized
-from lowrank_train.train import checkpoint_io, module, recorder, run, summary
+from lowrank_train.train import checkpoint_io, run, summary
 
 Words = Callable[..., list[str]]
 IN_BACKWARD = ("strategy.when=in_backward", "optim.grad_clip=null")
@@ -30,13 +31,13 @@ RELORA = ("strategy=relora", "strategy.weights.rank=4", "strategy.merge.every=6"
 
 # what is made to fail, the words of the run, the phase that is to be named
 CASES: dict[str, tuple[Any, str, tuple[str, ...], str]] = {
-    "forward": (module, "causal_loss", (), "forward"),
-    "backward": (module, "causal_loss", (), "backward"),
+    "forward": (heads, "causal_loss", (), "forward"),
+    "backward": (heads, "causal_loss", (), "backward"),
     "step": (TransformOptimizer, "_update", (), "step"),
     "step in backward": (TransformOptimizer, "_update", IN_BACKWARD, "backward"),
     "bases": (Randomized, "move", (), "moving bases"),
     "bases in backward": (Randomized, "move", IN_BACKWARD, "moving bases"),
-    "evaluation": (recorder, "evaluate", (), "evaluation"),
+    "evaluation": (heads, "evaluate", (), "evaluation"),
     "checkpoint": (checkpoint_io, "save_checkpoint_folder", (), "checkpoint"),
     "event": (LoRALinear, "fold_", RELORA, "event"),
     "summary": (summary, "sampled_paragraph", (), "summary"),
@@ -135,7 +136,7 @@ def test_changes_are_said_where_they_cannot_be_planned(
         raise RuntimeError("no plan")
 
     monkeypatch.setattr("lowrank_train.memory.fitting.planned", failing)
-    fail_once(monkeypatch, module, "causal_loss", tmp_path / "r" / "checkpoints", backward=False)
+    fail_once(monkeypatch, heads, "causal_loss", tmp_path / "r" / "checkpoints", backward=False)
     assert main(tiny("r", "rehearse=false")) == EXIT_OUT_OF_MEMORY
     err = capsys.readouterr().err
     assert "could not be planned by how much: no plan" in err and "  model.activation_checkpointing=true: " in err

@@ -19,8 +19,8 @@ import torch
 from lowrank_train.config import compose
 from lowrank_train.config.errors import RunStopped
 from lowrank_train.data import load_tokenizer
-from lowrank_train.train import checkpoint_io, recorder, rehearsal, room, run_length
-from lowrank_train.train import module as module_file
+from lowrank_train.evaluate import heads
+from lowrank_train.train import checkpoint_io, rehearsal, room, run_length
 from lowrank_train.train import run as run_file
 from lowrank_train.train.fingerprints import differing, fingerprints, listed
 from tests.train.conftest import assert_same_run, rows_of
@@ -149,10 +149,10 @@ def at_the_beginning_of_the_data(load: Callable[[Path], Any]) -> Callable[[Path]
 FULL = OSError(errno.ENOSPC, "No space left on device")
 NO_MEMORY = torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 FAILURES: list[tuple[Any, str, Any, int, list[str]]] = [
-    (module_file, "causal_loss", raising(NO_MEMORY), 3, ["rehearsal, first update: out of memory", "20.00 GiB"]),
-    (module_file, "causal_loss", raising(ValueError("odd\nshapes")), 1, ["first update: ValueError: odd\n", "log.txt"]),
+    (heads, "causal_loss", raising(NO_MEMORY), 3, ["rehearsal, first update: out of memory", "20.00 GiB"]),
+    (heads, "causal_loss", raising(ValueError("odd\nshapes")), 1, ["first update: ValueError: odd\n", "log.txt"]),
     (rehearsal, "make_bases_due", raising(RuntimeError("LAPACK")), 1, ["rehearsal, second update: RuntimeError"]),
-    (recorder, "evaluate", raising(RuntimeError("no kernel")), 1, ["rehearsal, evaluation: RuntimeError: no kernel"]),
+    (heads, "evaluate", raising(RuntimeError("no kernel")), 1, ["rehearsal, evaluation: RuntimeError: no kernel"]),
     (checkpoint_io, "save_checkpoint_folder", raising(FULL), 5, ["rehearsal, save: the disk is full: [Errno 28]"]),
     (room.shutil, "disk_usage", lambda _: SimpleNamespace(free=0), 5, ["rehearsal, save", "output_dir"]),
     (checkpoint_io, "load_state", one_bit_off, 1, ["kill and resume: loaded otherwise than saved: state 0 "]),
@@ -202,16 +202,16 @@ def test_a_signal_ends_a_rehearsal(run: Run, capsys: Capture, monkeypatch: pytes
 
 
 def test_a_signal_in_the_first_update_is_not_lost(run: Run, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module_file.causal_loss
+    real = heads.causal_loss
 
     def signalled(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        monkeypatch.setattr(module_file, "causal_loss", real)
+        monkeypatch.setattr(heads, "causal_loss", real)
         return real(*arguments, **options)
 
     plain = run("plain")
     monkeypatch.setattr(run_length, "LONG_RUN_SEC", 0.0)
-    monkeypatch.setattr(module_file, "causal_loss", signalled)
+    monkeypatch.setattr(heads, "causal_loss", signalled)
     run("r", code=143)
     assert "stopped by SIGTERM after step 1; everything is saved" in capsys.readouterr().err
     assert_same_run(plain, run("r"))
