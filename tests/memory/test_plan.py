@@ -13,6 +13,7 @@ from lowrank_train.cli import main
 from lowrank_train.config import UserError, compose
 from lowrank_train.config.checks import micro_batches
 from lowrank_train.config.schema import RunConfig
+from lowrank_train.evaluate.heads import CausalHead
 from lowrank_train.kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from lowrank_train.memory.cards import CARDS, chosen_card
 from lowrank_train.memory.extrapolating import DEEPER, SHALLOW, NotAlike, extrapolated
@@ -239,7 +240,7 @@ def test_what_cannot_be_followed_is_not_called_fitting(monkeypatch: pytest.Monke
     def unfollowable(*_: object, **__: object) -> None:
         raise NotImplementedError("aten.unique.default")
 
-    monkeypatch.setattr("lowrank_train.memory.fake_run.evaluate", unfollowable)
+    monkeypatch.setattr(CausalHead, "evaluate", unfollowable)
     plan = planned(configured("strategy=full"), chosen_card("4090", None))
     assert plan.verdicts[0].fits is None
     assert any("an evaluation: not run" in remark and "aten.unique" in remark for remark in plan.remarks)

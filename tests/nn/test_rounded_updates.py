@@ -28,6 +28,8 @@ def built(method: Method, rounding: Rounding) -> tuple[Toy, Strategy, Any]:
 def test_resumes_exactly_between_events(method: Method, rounding: Rounding, tmp_path: Path) -> None:
     if method.weights.get("dropout"):
         pytest.skip("dropout draws from the global generator, whose state the run saves")
+    if method.name == "int8" and rounding == "compensated":
+        pytest.skip("8-bit codes keep no residue, which is refused: tests/optim/test_int8_weights.py")
     model, strategy, optimizer = built(method, rounding)
     middle = method.steps // 2
     train(model, strategy, optimizer, range(1, middle + 1))

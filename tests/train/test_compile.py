@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,6 @@ TINY = ["model=llama_9m", "model.hidden_size=32", "model.intermediate_size=48", 
 TINY += ["model.num_hidden_layers=2", "model.vocab_size=64", "trainer.batch_size=2", "data.seq_len=16", "recipe=null"]
 UPDATES, WARM_UP = 6, 2  # bases move at updates 1 and 4; the first evaluation comes after the second
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler on the CPU"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -69,18 +65,14 @@ def trained(config: RunConfig, on_update: Callable[[], int]) -> tuple[list[float
     return losses, said
 
 
-@pytest.mark.parametrize(
-    ("strategy", "backend"),
-    [
-        ("galore", "aot_eager"),
-        ("sltrain", "aot_eager"),
-        pytest.param("galore", "inductor", marks=[pytest.mark.slow, needs_compiler]),
-    ],
-)
-def test_compiled_model(strategy: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1e-5 of losses near 4: float32 sums in another order, over six updates."""
+@pytest.mark.parametrize("strategy", ["galore", "sltrain"])
+def test_compiled_model(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1e-5 of losses near 4: float32 sums in another order, over six updates.
+
+    aot_eager traces and guards as inductor does, whose C++ takes minutes to compile on a CPU.
+    """
     eager, _ = trained(config_of(strategy), lambda: 0)
-    counted, compile_module = CompileCounterWithBackend(backend), nn.Module.compile
+    counted, compile_module = CompileCounterWithBackend("aot_eager"), nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=counted))
     compiled, frames = trained(config_of(strategy, "model.compile=true"), lambda: counted.frame_count)
     assert frames[0] >= 1, "something is compiled inside the optimizer's step"
