@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import importlib
-import importlib.metadata
 import json
 import os
 import socket
@@ -20,7 +19,7 @@ import pytest
 
 from lowrank_train.cli import main
 from lowrank_train.config.schema import RunConfig
-from lowrank_train.doctor import command, installation, machine
+from lowrank_train.doctor import command, machine
 from lowrank_train.doctor.finding import Finding
 from lowrank_train.memory import host
 
@@ -282,42 +281,3 @@ def test_a_container_has_what_its_limits_say(tmp_path: Path, monkeypatch: Patch)
         (tmp_path / name).write_text(text)
     assert host.processors() == len(os.sched_getaffinity(0))
     assert host.main_memory_bytes()[0] == total
-
-
-@pytest.mark.parametrize(
-    ("version", "spec", "inside"),
-    [
-        ("2.13.0+cpu", ">=2.11,<2.14", True),
-        ("2.14.0.dev20261101", ">=2.11,<2.14", False),
-        ("2.9.1", ">=2.11,<2.14", False),
-        ("2.11", ">=2.11,<2.14", True),
-        ("1.3.2", ">=1.3.2,<1.4", True),
-        ("6.0.1", ">=6", True),
-        ("9", "", True),
-    ],
-)
-def test_ranges(version: str, spec: str, inside: bool) -> None:
-    assert installation.within(version, spec) is inside
-
-
-def test_dependencies_that_are_missing_or_old(monkeypatch: Patch) -> None:
-    versions = {"lightning": "2.6.1", "rich": "12.9", "torch": "2.13", "wandb": "0.20"}
-    needs = ["torch>=2.11,<2.14", "lightning<2.7,>=2.6", "rich>=13", "psutil>=5.9", 'wandb>=0.19; extra == "wandb"']
-
-    def version(name: str) -> str:
-        if name not in versions:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return versions[name]
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(importlib.metadata, "requires", lambda _: needs)
-    assert installation.requirements() == {
-        "torch": ">=2.11,<2.14", "lightning": ">=2.6,<2.7", "rich": ">=13", "psutil": ">=5.9"
-    }  # fmt: skip
-    old, missing, rest = installation.packages(RunConfig())
-    assert (old.verdict, old.fix) == ("note", "pip install 'rich>=13'")
-    assert (missing.verdict, missing.found) == ("fault", "psutil is not installed")
-    assert rest.found.startswith("1 of 3 ")
-    assert only(installation.extras(RunConfig())) == Finding("wandb", "ok", "0.20 (logger=wandb)")
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: version(name))
-    assert only(installation.packages(RunConfig())).verdict == "note"  # run from a folder, not installed
