@@ -20,8 +20,9 @@ from lowrank_train.config.schema import RunConfig, StrategyConfig
 from lowrank_train.data import load_tokenizer
 from lowrank_train.memory.counting import bytes_of
 from lowrank_train.models import meta_model, outputs_of
+from lowrank_train.nn.reparam import layers_of
 from lowrank_train.report.banner import model_sentence
-from lowrank_train.report.savings import advice, saving
+from lowrank_train.report.savings import advice, advice_on_layers, saving
 from lowrank_train.report.units import format_bytes
 from lowrank_train.strategy import Assignment, Strategy
 
@@ -69,8 +70,11 @@ def explanation(config: RunConfig) -> list[str]:
     lines += ["", model_sentence(config.model.name, size, trained, weights_bytes, config.precision.formats), ""]
     lines += tensor_table(described(rows, kinds_by_name(strategy, model)))
     lines += ["", *totals(rows, state_dtype.itemsize, plain)]
-    remark = advice(config.strategy.name, rows, state_dtype.itemsize)
-    return [*lines, *([f"warning: {remark}"] if remark else [])]
+    remarks = (
+        advice(config.strategy.name, rows, state_dtype.itemsize),
+        advice_on_layers(config.strategy.name, layers_of(model).values()),
+    )
+    return [*lines, *(f"warning: {remark}" for remark in remarks if remark)]
 
 
 def head(strategy: str) -> list[str]:

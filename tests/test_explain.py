@@ -113,3 +113,11 @@ def test_advice_comes_where_nothing_is_saved() -> None:
     assert advice("galore", [replace(row(2 * 4 * 128 * 128), residue_bytes=1)], 4) == ""  # AdamW would keep it too
     assert advice("full", [row(1 << 30, role="rest")], 4) == ""
     assert "warning: strategy galore saves nothing here" in explained("strategy=galore", "strategy.subspace.rank=128")
+
+
+def test_advice_comes_where_layers_train_no_less_than_the_matrices() -> None:
+    """Of 128 x 128, rank 128 trains 2 x 128 x 128; the 1M model has 2 layers of 4 such and 3 of 128 x 352."""
+    assert "saves nothing" not in explained("strategy=lora", "strategy.weights.rank=8")
+    text = explained("strategy=lora", "strategy.weights.rank=128")
+    assert f"{2 * 128 * 2 * (4 * 128 + 3 * (128 + 352) // 2):,} numbers in place of" in text
+    assert "Lower strategy.weights.rank, which is 128" in text

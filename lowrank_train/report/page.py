@@ -30,7 +30,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem aut
   background: #fff }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1.8rem 0 .4rem }
 p.under { color: #59636e; margin: .2rem 0 1.2rem }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .7rem; margin: 0 0 1.2rem }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: .7rem; margin: 0 0 1.2rem }
 .figures div { border: 1px solid #d5dbe1; border-radius: .5rem; padding: .6rem .8rem }
 .figures b { display: block; font-size: 1.35rem } .figures span { color: #59636e; font-size: .85rem }
 table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .22rem .8rem .22rem 0;

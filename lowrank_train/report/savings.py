@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lowrank_train.nn.reparam import ReparamLinear
+from lowrank_train.optim.activity import is_trainable
 from lowrank_train.report.banner import Assigned
 from lowrank_train.report.units import format_bytes
 
@@ -50,4 +52,23 @@ def advice(strategy: str, rows: Iterable[Assigned], element_bytes: int) -> str:
         f"{len(projected)} matrices, AdamW would keep {format_bytes(found.adamw_bytes)}, and 8-bit AdamW "
         f"{format_bytes(found.adamw_8bit_bytes)}. Lower strategy.subspace.rank, which is {highest}, or take "
         "strategy=full"
+    )
+
+
+def advice_on_layers(strategy: str, layers: Iterable[ReparamLinear]) -> str:
+    """What to tell a user whose low-rank layers train as many numbers as the matrices they stand for; else nothing."""
+    ranked = [layer for layer in layers if getattr(layer.weights, "rank", None)]
+    trained = sum(
+        param.numel()
+        for layer in ranked
+        for name, param in layer.named_parameters()
+        if name != "bias" and is_trainable(param)
+    )
+    dense = sum(layer.in_features * layer.out_features for layer in ranked)
+    if not ranked or trained < dense:
+        return ""
+    highest = max(getattr(layer.weights, "rank", 0) for layer in ranked)
+    return (
+        f"strategy {strategy} saves nothing here: its {len(ranked)} layers train {trained:,} numbers in place of "
+        f"{dense:,}. Lower strategy.weights.rank, which is {highest}, or take strategy=full"
     )

@@ -18,12 +18,13 @@ from lowrank_train.data import Tokenizer, load_tokenizer
 from lowrank_train.evaluate.loading import DTYPES, pick_device
 from lowrank_train.memory.counting import weights_bytes
 from lowrank_train.models import build_model, outputs_of
+from lowrank_train.nn.reparam import layers_of
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.report.banner import BatchArithmetic, assignment_lines, model_sentence
 from lowrank_train.report.card import show_card
 from lowrank_train.report.console import Console
 from lowrank_train.report.result import write_result
-from lowrank_train.report.savings import advice
+from lowrank_train.report.savings import advice, advice_on_layers
 from lowrank_train.strategy import Strategy
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
 from lowrank_train.train.csv_file import CsvFile, MetricsCsv
@@ -170,8 +171,12 @@ def announce(
     if folder.resume_from is not None:
         lines.append(f"going on after step {folder.step:,}, from {folder.resume_from}")
     console.say("\n".join(lines))
-    remark = advice(config.strategy.name, strategy.assignment(model), DTYPES[config.precision.state].itemsize)
-    for line in (*weights_remarks(config), *([remark] if remark else [])):
+    remarks = (
+        *weights_remarks(config),
+        advice(config.strategy.name, assignment, DTYPES[config.precision.state].itemsize),
+        advice_on_layers(config.strategy.name, layers_of(model).values()),
+    )
+    for line in filter(None, remarks):
         console.warn(line)
 
 
