@@ -39,6 +39,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_pro": ("lora_pro.LoRAPro", {"rank": 3}),
     "lora_xs": ("three_factors.LoRAXS", {"rank": 3, "alpha": 6.0}),
     "lora_sb": ("lora_sb.LoRASB", {"rank": 3}),
+    "lora_ga": ("lora_from_data.LoRAGA", {"rank": 3}),
+    "eva": ("lora_from_data.EVA", {"rank": 3}),
     "curlora": ("three_factors.CURLoRA", {"rank": 3, "alpha": 2.0}),
     "svfit": ("three_factors.SVFit", {"rank": 3}),
     "sorsa": ("three_factors.SORSA", {"rank": 3, "alpha": 6.0}),

@@ -35,8 +35,8 @@ REFUSED = {
 }
 """Methods of PEFT 0.21 that are no representation of a matrix, with the reason."""
 
-CALIBRATED = ("eva", "lora_ga", "corda", "loftq")
-"""Values of init_lora_weights that need activations or gradients of a pass over data, or a quantised base."""
+CALIBRATED = {"eva": "strategy=eva", "lora_ga": "strategy=lora_ga", "corda": "", "loftq": ""}
+"""Values of init_lora_weights that need a pass over data or a quantised base, and the strategy of ours that does so."""
 
 OURS = {
     "target_modules": "strategy.weights.modules",
@@ -94,9 +94,10 @@ def option_fault(method: str, option: str, value: object, taken: tuple[str, ...]
             f"Did you mean strategy.weights.{close}?" if close else f"It takes: {', '.join(others)}"
         )
     if option == "init_lora_weights" and value in CALIBRATED:
+        ours = f"{CALIBRATED[value]}, which does so in its first update, or " if CALIBRATED[value] else ""
         return (
-            "needs a pass over data or a quantised base before the first update; use true, gaussian, orthogonal, pissa "
-            "or olora"
+            f"needs a pass over data or a quantised base before the first update; use {ours}true, gaussian, "
+            "orthogonal, pissa or olora"
         )
     return None
 

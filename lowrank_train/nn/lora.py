@@ -51,6 +51,11 @@ class LoRA(Weights):
         """s."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def leaves_base(self) -> bool:
+        """Whether W0 stays what it was when A and B begin."""
+        return self.init not in ("pissa", "olora")
+
     def build(self, linear: nn.Linear, origin: Origin) -> ReparamLinear:
         return LoRALinear(linear, self, origin)
 
@@ -61,7 +66,7 @@ class LoRA(Weights):
         if self.warm_start_steps:
             raise ValueError("strategy.weights.warm_start_steps has trained W0 itself, which an adapter does not hold")
         options: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "use_rslora": self.rslora}
-        if self.init in ("pissa", "olora"):  # W0 lacks the part it began with: twice the rank says both
+        if not self.leaves_base:  # W0 lacks the part it began with: twice the rank says both
             options = {"r": 2 * self.rank, "lora_alpha": 2 * self.rank * self.scale}
         return "LORA", options | {"lora_dropout": self.dropout}
 
@@ -143,7 +148,7 @@ class LoRALinear(ReparamLinear):
     @torch.no_grad()
     def adapter_tensors(self, base: Tensor) -> Mapping[str, Tensor]:
         first, second = self.factors
-        if self.weights.init in ("pissa", "olora"):
+        if not self.weights.leaves_base:
             wide = self.kept_weight().dtype
             left, values, right = torch.linalg.svd(self.dense_weight() - base.to(wide), full_matrices=False)
             width = 2 * self.weights.rank

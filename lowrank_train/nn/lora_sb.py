@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lowrank_train.nn.as_lora import lora_options, lora_tensors
 from lowrank_train.nn.events import Event, Moments, each
-from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, kept
+from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights, kept, sum_over_ranks_
 
 WATCHED_UPDATES = 2  # whose gradients are added up: the first update of a warm-up has the rate 0, the second that of D
 
@@ -72,6 +72,7 @@ class LoRASBLinear(ReparamLinear):
     def begin_(self, lr: float) -> None:
         """Put the leading part of -lr sign(G) into the factors, and stop watching."""
         assert self.gradient is not None, "the factors are there already"
+        sum_over_ranks_(self.gradient)
         left, values, right = torch.linalg.svd(-self.gradient.to(self.core.dtype).sign(), full_matrices=False)
         rank = self.weights.rank
         self.left.copy_(left[:, :rank])

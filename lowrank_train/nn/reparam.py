@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -198,6 +199,12 @@ def _dtype_of(layer: ReparamLinear) -> torch.dtype:
 def kept(tensor: Tensor) -> nn.Parameter:
     """A tensor that belongs to the weights but is not trained: moved, cast and counted with the parameters."""
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def sum_over_ranks_(total: Tensor) -> None:
+    """Add up in place what every process has of it; one alone has it all."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
 
 
 def uniform(shape: tuple[int, ...], bound: float, like: Tensor, generator: torch.Generator) -> Tensor:

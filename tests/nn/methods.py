@@ -155,6 +155,9 @@ METHODS = [
     Method("dylora_frozen", weights("dylora.DyLoRA", rank=4, frozen=True, used_rank=3), same_in_training=False),
     Method("lora_pro", weights("lora_pro.LoRAPro", rank=3)),
     Method("lora_sb", weights("lora_sb.LoRASB", rank=3)),
+    Method("lora_ga", weights("lora_from_data.LoRAGA", rank=3, watched_updates=2, rounding="compensated")),
+    Method("lora_ga_merged", weights("lora_from_data.LoRAGA", rank=2, rounding="compensated"), merge={"every": 4}),
+    Method("eva", weights("lora_from_data.EVA", rank=3, watched_updates=2)),
     Method("nola", weights("nola.NOLA", rank=3, bases=30)),
     Method("cola", weights("lora.LoRA", rank=3, rounding="compensated"), merge={"every": 6, "moments": "fresh"}),
     Method(
