@@ -21,7 +21,8 @@ def lora_tensors(first: Tensor, second: Tensor) -> Mapping[str, Tensor]:
 
 
 def factors_of(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A and B of this rank with B A nearest to `update`; what a short side leaves over is 0."""
-    left, values, right = torch.linalg.svd(update.detach(), full_matrices=False)
+    """A and B of this rank with B A nearest to `update`, found in float64; what a short side leaves over is 0."""
+    left, values, right = torch.linalg.svd(update.detach().double(), full_matrices=False)
     root, spare = values.sqrt(), max(0, rank - len(values))
-    return F.pad((root[:, None] * right)[:rank], (0, 0, 0, spare)), F.pad((left * root)[:, :rank], (0, spare))
+    first, second = F.pad((root[:, None] * right)[:rank], (0, 0, 0, spare)), F.pad((left * root)[:, :rank], (0, spare))
+    return first.to(update.dtype), second.to(update.dtype)

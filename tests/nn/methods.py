@@ -25,6 +25,7 @@ class Method:
     keeps_weight: bool = True  # at the start dense_weight() is the matrix it was built from
     steps: int = 12  # updates that see every kind of event of this row at least once
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16))
+    same_on_meta: bool = True  # which shapes there are does not depend on the numbers of the matrices
     same_in_training: bool = True  # forward(x) = F.linear(x, dense_weight()) in training mode too
 
     def __str__(self) -> str:
@@ -158,6 +159,13 @@ METHODS = [
     Method("lora_ga", weights("lora_from_data.LoRAGA", rank=3, watched_updates=2, rounding="compensated")),
     Method("lora_ga_merged", weights("lora_from_data.LoRAGA", rank=2, rounding="compensated"), merge={"every": 4}),
     Method("eva", weights("lora_from_data.EVA", rank=3, watched_updates=2)),
+    Method("pmss", weights("from_columns.PMSS", rank=3)),
+    Method("nlora", weights("from_columns.NLoRA", rank=3, rounding="compensated")),
+    Method("inttune", weights("from_columns.IntTune", rank=3, rounding="compensated")),
+    Method("nora", weights("nested_lora.NoRA", rank=2, outer_rank=5)),
+    Method("lora_mini", weights("nested_lora.LoRAMini", rank=2, outer_rank=5)),
+    Method("welore", weights("welore.WeLore", rank_reduction=0.6), keeps_weight=False, same_on_meta=False),
+    Method("o_lora", weights("o_lora.OLoRA", rank=3)),
     Method("nola", weights("nola.NOLA", rank=3, bases=30)),
     Method("cola", weights("lora.LoRA", rank=3, rounding="compensated"), merge={"every": 6, "moments": "fresh"}),
     Method(
