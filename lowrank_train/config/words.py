@@ -67,6 +67,9 @@ def _not_a_word(word: str) -> str:
 
 def _read_choice(words: Words, key: str, value: str | None, mark: str | None, groups: Mapping[str, list[str]]) -> None:
     close: str | None
+    if key == "launcher" and value not in ("local", None):  # of the words of a sweep's job it is no part
+        words.faults.append(f"launcher={value}: says where the jobs of a sweep run; add -m")
+        return
     if key not in groups:
         if key.split("/")[0] == "hydra":
             words.faults.append(f"{key}={value}: hydra's own groups belong to sweeps; add -m")

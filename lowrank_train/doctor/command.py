@@ -25,6 +25,7 @@ PROBES: dict[str, tuple[Probe, bool]] = {  # and whether training needs what is 
     "network": (network, False),
     "slurm": (slurm, False),
 }
+QUICK = ("python", "packages", "disk", "slurm")  # in a second, beside a run that needs all of the GPU's memory
 
 
 def doctor(config: RunConfig) -> int:
@@ -39,9 +40,11 @@ def doctor(config: RunConfig) -> int:
 
 
 def examined(config: RunConfig) -> list[Finding]:
-    """The findings of all probes; one that crashes becomes a line, and the others go on."""
+    """The findings of all probes, or of the quick ones; one that crashes becomes a line, and the others go on."""
     findings: list[Finding] = []
     for part, (probe, needed) in PROBES.items():
+        if config.quick and part not in QUICK:
+            continue
         try:
             for finding in probe(config):
                 findings.append(finding)  # one by one: what was found before a crash stays

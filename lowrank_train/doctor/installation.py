@@ -19,6 +19,7 @@ GIVES = {  # extra of pyproject.toml -> what it is for
     "optimizers": "more classes for strategy/inner=library and strategy/rest=library",
     "peft": "strategy=peft and the methods of PEFT, and export adapter=true",
     "bnb": "only for comparisons; 8-bit state is built in",
+    "slurm": "launcher=slurm",
 }
 
 
@@ -43,9 +44,9 @@ def torch_itself(_: RunConfig) -> Iterator[Finding]:
         yield Finding("torch", "note", f"{version} is outside of what was tested, {wanted}", install)
 
 
-def packages(_: RunConfig) -> Iterator[Finding]:
-    """The base dependencies but torch, by their metadata: nothing is imported."""
-    wanted = {name: spec for name, spec in requirements().items() if name != "torch"}
+def packages(config: RunConfig) -> Iterator[Finding]:
+    """The base dependencies by their metadata: nothing is imported. torch has a probe of its own that is not quick."""
+    wanted = {name: spec for name, spec in requirements().items() if name != "torch" or config.quick}
     if not wanted:
         yield Finding(
             "packages", "note", "lowrank_train is not installed, so that ranges are not known", "pip install ."

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lowrank_train.config.launch import started_by
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.doctor.finding import Finding, Verdict, first_line
 from lowrank_train.doctor.installation import installed
@@ -168,7 +169,7 @@ def slurm(_: RunConfig) -> Iterator[Finding]:
     job, tasks = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_NTASKS", "1")
     if job is None:
         yield Finding("slurm", "ok", f"not in a job; {' and '.join(tools)} found" if tools else "none on this machine")
-    elif tasks != "1" and "SLURM_STEP_ID" not in os.environ:
+    elif tasks != "1" and started_by(os.environ) == "alone":
         yield Finding(
             "slurm", "note", f"in job {job} of {tasks} tasks, not started by srun", "srun python train.py ..."
         )

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
+from lowrank_train.config.sweep_jobs import is_sweep_folder, run_folders
 from lowrank_train.report.console import Console
 from lowrank_train.report.glue_table import glue_report, write_glue
 from lowrank_train.report.grouping import best_lines, difference_lines, grouped, rank, warnings
@@ -26,11 +27,12 @@ UNKNOWN = "-"
 
 
 def compare(config: RunConfig) -> int:
-    """Compare `runs` and write what came of it into `out`; UserError where none of the folders can be read."""
+    """Compare `runs`, or those of sweeps, and write it into `out`; UserError where none of the folders can be read."""
     tables = tables_of(config.paper)
     if not config.runs:
         raise UserError("runs: name the run folders, as in `lowrank compare runs/*`")
-    runs, broken = readable([Path(name) for name in config.runs])
+    paths = [Path(name) for name in config.runs]
+    runs, broken = readable([run for path in paths for run in (run_folders(path) if is_sweep_folder(path) else [path])])
     if not runs:
         raise UserError(broken)
     show(runs, broken, Path(config.out or DEFAULT_OUT), *tables)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -13,7 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import LoggerConfig
-from lowrank_train.train.loggers import GuardedLogger, extra_loggers, wandb_mode
+from lowrank_train.train.loggers import GuardedLogger, WandbTable, extra_loggers, wandb_mode
 
 
 class Broken(Logger):
@@ -129,3 +131,27 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"lowrank_train\[wandb\]"):
         extra_loggers(LoggerConfig(name="wandb"), tmp_path, "r", step=0)
+
+
+def test_a_run_that_goes_on_is_the_same_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed and started again, or requeued: the id lies in the run folder, and another folder has another."""
+    begun: list[dict[str, object]] = []
+
+    class Run:
+        id = "x"
+
+        def define_metric(self, *_: object, **__: object) -> None:
+            pass
+
+    def init(**given: object) -> Run:
+        begun.append(given)
+        return Run()
+
+    fake = SimpleNamespace(init=init, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    (tmp_path / "other").mkdir()
+    for folder in (tmp_path, tmp_path, tmp_path / "other"):
+        WandbTable(LoggerConfig(name="wandb"), folder, "r")
+    ids = [given["id"] for given in begun]
+    assert ids[0] == ids[1] != ids[2] and {given["resume"] for given in begun} == {"allow"}
