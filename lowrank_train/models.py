@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,15 @@ from lowrank_train.config.schema import DataConfig, ModelConfig
 from lowrank_train.config.seeding import seed_from_name
 from lowrank_train.data.glue import TASKS
 from lowrank_train.kernels.cross_entropy import linear_cross_entropy_sum
+
+log = logging.getLogger(__name__)
+
+OFFSET_POSITIONS = ("roberta", "camembert", "mpnet")
+"""In the names of model types whose first position has the number behind that of the pad token."""
+
+AS_FORWARD = "call_as_forward"
+"""The method, of a model whose parameters lie in shards, that calls a function with them gathered as forward() would:
+for what uses the parts of a model without going through its own forward pass."""
 
 
 def outputs_of(data: DataConfig) -> int | None:
@@ -94,13 +106,13 @@ def build_model(
         built = _with_row_head(model, vocab_size, dtype, seed, outputs).to(device)
     elif model.kind == "hf" and model.pretrained:
         architecture(model, vocab_size=vocab_size)
-        with user_errors(f"model.path={model.path}"):
+        with user_errors(f"model.path={model.path}"), allowed_weights(model):
             built = AutoModelForCausalLM.from_pretrained(
                 model.path,
                 revision=model.revision,
                 dtype=dtype,
                 attn_implementation=model.attention,
-                use_safetensors=True,  # a pickle can run code
+                use_safetensors=None if model.allow_pickle else True,  # a pickle can run code
                 trust_remote_code=False,
             ).to(device)
         built.config.use_cache = False
@@ -120,15 +132,15 @@ def build_model(
 
 def _with_row_head(model: ModelConfig, vocab_size: int, dtype: torch.dtype, seed: int, outputs: int) -> PreTrainedModel:
     """A pre-trained body under a head of `outputs` numbers. UserError where the folder lacks a part of the body."""
-    config = architecture(model, vocab_size=vocab_size, outputs=outputs)
-    with user_errors(f"model.path={model.path}"):
+    config, path = architecture(model, vocab_size=vocab_size, outputs=outputs), model.path
+    with user_errors(f"model.path={path}"), allowed_weights(model):
         built, loaded = AutoModelForSequenceClassification.from_pretrained(
             model.path,
             config=config,
             revision=model.revision,
             dtype=dtype,
             attn_implementation=model.attention,
-            use_safetensors=True,  # a pickle can run code
+            use_safetensors=None if model.allow_pickle else True,  # a pickle can run code
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # the head of another task, such as MNLI's three labels
             output_loading_info=True,
@@ -140,6 +152,8 @@ def _with_row_head(model: ModelConfig, vocab_size: int, dtype: torch.dtype, seed
             f"model.path={model.path}: has no {body[0]} of the right shape, nor {len(body) - 1} other tensors of the "
             f"model's body; it is no whole {type(built).__name__}"
         )
+    for name, found, needed in loaded["mismatched_keys"]:
+        log.warning("%s: its %s is %s, of another task; drawn anew as %s", path, name, tuple(found), tuple(needed))
     initialize_(built, seed, {name.rpartition(".")[0] for name in anew})
     trained: PreTrainedModel = built
     return trained
@@ -192,8 +206,28 @@ def causal_loss(model: nn.Module, batch: dict[str, Any], *, chunk_tokens: int) -
         )
         return loss, len(targets)
     decoder, head = parts
-    hidden = decoder(**arguments).last_hidden_state[:, :-1][targeted]
-    return linear_cross_entropy_sum(hidden, head.weight, targets, chunk_positions=chunk_tokens), len(targets)
+
+    def in_chunks() -> Tensor:
+        hidden = decoder(**arguments).last_hidden_state[:, :-1][targeted]
+        return linear_cross_entropy_sum(hidden, head.weight, targets, chunk_positions=chunk_tokens)
+
+    in_place_of_forward: Callable[[Callable[[], Tensor]], Tensor] | None = getattr(model, AS_FORWARD, None)
+    return in_chunks() if in_place_of_forward is None else in_place_of_forward(in_chunks), len(targets)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost lists of modules: the layers of a decoder or encoder."""
+    found: list[nn.Module] = []
+
+    def look(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                found.extend(block for block in child if any(True for _ in block.parameters()))
+            else:
+                look(child)
+
+    look(model)
+    return found
 
 
 def within_documents(document_ids: Tensor) -> dict[str, Tensor]:
@@ -204,6 +238,31 @@ def within_documents(document_ids: Tensor) -> dict[str, Tensor]:
     position_ids = index - torch.where(starts, index, 0).cummax(1).values
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return {"attention_mask": same & (index[:, None] >= index), "position_ids": position_ids}
+
+
+def check_rows(model: PreTrainedModel, choice: ModelConfig, data: DataConfig) -> None:
+    """UserError where rows are longer than the model's positions reach, or where it cannot tell documents apart."""
+    own, name = model.config, choice.path or choice.name
+    positions = getattr(own, "max_position_embeddings", None)
+    if positions is not None and any(kind in own.model_type for kind in OFFSET_POSITIONS):
+        positions -= (getattr(own, "pad_token_id", None) or 0) + 1
+    if positions is not None and 0 < positions < data.seq_len:
+        raise UserError(
+            f"data.seq_len={data.seq_len}: is above the {positions} positions of model.path={name}; use "
+            f"data.seq_len={positions} or less"
+        )
+    if not data.mask_documents or data.packing == "pad":
+        return
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"data.mask_documents=true: a {type(model).__name__} takes no positions, so that documents of one row "
+            "cannot be told apart; use data.packing=pad"
+        )
+    if choice.attention.startswith("flash_attention"):
+        raise UserError(
+            f"model.attention={choice.attention}: takes no mask between the documents of a row; use "
+            "model.attention=sdpa, or data.packing=pad"
+        )
 
 
 def has_output_scaling(model: nn.Module) -> bool:
@@ -219,4 +278,23 @@ def user_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{what} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        told = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            told = "it brings code of its own, which is never run; use a model that transformers itself knows"
+        raise UserError(f"{what} cannot be loaded: {told}") from error
+
+
+@contextmanager
+def allowed_weights(model: ModelConfig) -> Iterator[None]:
+    """Say of a folder with nothing but pickles why they are not read, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        folder = Path(model.path or "")
+        pickles = sorted(file.name for file in folder.glob("*.bin")) if folder.is_dir() else []
+        if model.allow_pickle or not pickles or any(folder.glob("*.safetensors")):
+            raise
+        raise UserError(
+            f"model.path={model.path}: has its weights only as a pickle ({pickles[0]}), which can run code when it is "
+            "read; convert it to safetensors, or say model.allow_pickle=true where you trust whoever made it"
+        ) from error

@@ -197,8 +197,11 @@ def test_every_choice_of_every_group_composes() -> None:
         "data=jsonl": ["data.train=[x.jsonl]"],
         "data=text": ["data.train=[x.txt]"],
         "data=tokens": ["data.train=[x]"],
+        "data=chat": ["data.train=[x.jsonl]", "data.validation=[y.jsonl]"],
         "strategy/merge=periodic": ["strategy/weights=lora"],
     }
+    own = ["model.path=x", "data.train=[x.jsonl]", "data.validation=[y.jsonl]"]
+    needed |= {f"recipe={name}": own for name in group_choices()["recipe"] if name.startswith("finetune/")}
     for group, choices in group_choices().items():
         for choice in choices:
             word = f"{group}={choice}"

@@ -34,6 +34,8 @@ def glue_faults(config: RunConfig) -> Iterator[str]:
         return
     if data.task is None:
         yield "data.task: data=glue needs the task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli"
+    if data.train_rows is not None and data.train_rows < 1:
+        yield f"data.train_rows={data.train_rows}: must be at least 1; null takes all rows"
     if config.task in TASKS_WITHOUT_GLUE:
         yield f"data.source=glue: {TASKS_WITHOUT_GLUE[config.task]}"
     defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
@@ -49,7 +51,12 @@ def _without_glue(config: RunConfig) -> Iterator[str]:
     for key, value in (
         ("data.task", config.data.task),
         ("data.folder", config.data.folder),
-        ("trainer.epochs", config.trainer.epochs),
+        ("data.train_rows", config.data.train_rows),
     ):
         if value is not None:
             yield f"{key}={value}: means something with data=glue alone, and data.source is {config.data.source}"
+    if config.trainer.epochs is not None and config.data.source != "chat":
+        yield (
+            f"trainer.epochs={config.trainer.epochs}: means something with data=glue and data=chat alone, and "
+            f"data.source is {config.data.source}; give trainer.steps"
+        )

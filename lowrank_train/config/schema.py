@@ -34,6 +34,7 @@ class ModelConfig:
     path: str | None = None  # kind hf: a folder, or a name on the hub
     revision: str | None = None  # kind hf: the commit on the hub
     pretrained: bool = True  # kind hf: false takes the architecture and initialises it anew
+    allow_pickle: bool = False  # kind hf: true reads weights from pytorch_model.bin where there is no safetensors
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     activation_checkpointing: bool = False  # recompute each layer in backward: less memory, about a third more compute
     loss_chunk_tokens: int = 1024  # positions whose logits exist at one time; 0: all of them
@@ -45,18 +46,25 @@ class DataConfig:
     """Where documents come from and how they become rows of `seq_len` tokens."""
 
     name: str = "shakespeare"
-    source: Literal["jsonl", "text", "tokens", "glue"] = "jsonl"  # tokens: a folder made by `lowrank data prepare`
+    source: Literal["jsonl", "text", "tokens", "glue", "chat"] = "jsonl"  # tokens: made by `lowrank data prepare`
     task: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"] | None = None  # glue
     folder: str | None = None  # glue: where a folder for each task lies, or the task's own; null: the hub
+    train_rows: int | None = None  # glue: so many of the rows to train on, the same for every seed; null: all
     train: list[str] = field(default_factory=list)  # files, globs, folders or hf:// addresses; {00000..01023} expands
     validation: list[str] = field(default_factory=list)
     revision: str | None = None  # commit for hf:// addresses
-    text_key: str = "text"  # jsonl: the field that holds the document
+    text_key: str = "text"  # jsonl, chat: the field that holds the document
+    format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"  # chat; auto: by the keys of each file
+    loss_on: Literal["completion", "all"] = "completion"  # chat: completions or the assistant's turns, or every token
+    chat_template: str | None = None  # chat: a Jinja file, or the template itself; null: the tokenizer's own
+    samples: int = 0  # chat: validation prompts answered at each evaluation, greedily, into samples.jsonl
+    sample_tokens: int = 64  # chat: new tokens of an answer, at most
     tokenizer: str = ""  # a SentencePiece .model, a tokenizer.json, a folder, or a name on the hub
     seq_len: int = 256  # tokens in a row
-    packing: Literal["pad", "concat"] = "concat"  # pad: one document a row, cut and padded, as the papers do
-    mask_documents: bool = False  # concat: attention stays within a document
-    shuffle_documents: int = 0  # documents shuffled together, block by block; 0: the order of the files
+    packing: Literal["pad", "concat", "whole"] = "concat"
+    """pad: one document a row, cut and padded, as the papers do; concat: end to end; whole: chat, none cut in two."""
+    mask_documents: bool = False  # concat, whole: attention stays within a document
+    shuffle_documents: int | Literal["all"] = 0  # together, block by block; 0: files' order; all: tokens, all of them
     repeat: bool = True  # start over when the corpus ends; false: training ends with it
     num_workers: int = 0  # tokenizing processes per rank; 0: in the training process
     validation_tokens: int | None = None  # target tokens in an evaluation; null: the whole split
@@ -124,18 +132,26 @@ class TrainerConfig:
     """Length, batch and cadence of a run, and the machine it runs on."""
 
     steps: int = 1000  # updates
-    epochs: int | None = None  # glue: passes over the rows, which decide steps and eval_every_steps; null: steps
+    epochs: int | None = None  # glue, chat: passes over the rows; decide steps, eval_every_steps; null: steps
     batch_size: int = 4  # rows per device and micro-batch
     total_batch_size: int | None = None  # rows per update over all devices; null: batch_size x devices
     eval_every_steps: int = 500  # 0: only at the end
     save_every_steps: int = 500  # 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept
+    keep_best: bool | None = None  # the weights of the best evaluation too; null: where epochs are set
     log_every_steps: int = 50  # a console line when the output is not a terminal
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     num_nodes: int = 1
-    strategy: Literal["auto", "ddp"] = "auto"  # Lightning's: how devices work together
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"] = "auto"
+    """Lightning's: how devices work together; auto: one alone, several by ddp."""
+    reduce: Literal["gradients", "projected"] = "gradients"  # ddp: what is averaged over the devices, see README
     threads: int | None = None  # CPU threads; null: torch's choice
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the weights of the best evaluation are kept beside the last."""
+        return self.epochs is not None if self.keep_best is None else self.keep_best
 
 
 @dataclass
@@ -153,6 +169,7 @@ class GenerateConfig:
     """What `lowrank generate` samples."""
 
     prompt: str = ""
+    chat: bool | None = None  # the prompt is a user's message in the chat template; null: as the run was trained
     max_new_tokens: int = 200
     temperature: float = 0.8  # 0: the most probable token
     top_p: float = 0.95
@@ -164,7 +181,8 @@ class RunConfig:
     """One invocation of the program."""
 
     task: Literal[
-        "train", "explain", "plan", "export", "evaluate", "generate", "data_prepare", "doctor", "compare", "card"
+        "train", "explain", "plan", "export", "evaluate", "generate", "data_prepare", "doctor", "support", "compare",
+        "card",
     ] = "train"  # fmt: skip
     run_name: str | None = None  # null: <model>-<strategy>-<data>
     output_dir: str = "runs"
@@ -172,6 +190,7 @@ class RunConfig:
     rehearse: bool | Literal["auto"] = "auto"  # every phase once before training; auto: for runs beyond an hour
     seed: int = 42
     run: str | None = None  # export, generate, evaluate: a run folder or a Hugging Face folder
+    best: bool = False  # export, evaluate, generate: a run's weights of its best evaluation, not the last
     out: str | None = None  # export, data prepare, compare: the folder to write
     adapter: bool = False  # export: PEFT's adapter_config.json and adapter_model.safetensors in place of a whole model
     runs: list[str] = field(default_factory=list)  # compare, card: run folders; on the command line without runs=
@@ -179,7 +198,8 @@ class RunConfig:
     card: str | None = None  # plan: the card to judge, such as 4090; null: all that are known
     budget_gb: float | None = None  # plan: in place of a card, what all of the process may take; GB are 10^9 bytes
     fit: bool = False  # plan: find what fits the card or the budget
-    format: Literal["table", "json"] = "table"  # plan, doctor
+    format: Literal["table", "json"] = "table"  # plan, doctor, support
+    quick: bool = False  # doctor: neither torch nor a GPU nor the network is touched
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

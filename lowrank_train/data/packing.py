@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +11,18 @@ import torch
 from lowrank_train.data.tokenizer import Tokenizer
 
 IGNORED = -100  # the label torch's cross-entropy leaves out
+
+Ids = TypeVar("Ids", int, np.ndarray[Any, Any])
+
+
+def without_loss(token: Ids) -> Ids:
+    """The id of a token that is read but not to be predicted: its complement -id - 1, and back again."""
+    return ~token
+
+
+def token_ids(document: Sequence[int]) -> list[int]:
+    """The plain ids of a document some of whose tokens are without loss."""
+    return [token if token >= 0 else without_loss(token) for token in document]
 
 
 class Rows:
@@ -25,10 +37,11 @@ class Rows:
         self.document_ids = np.full((count, seq_len), -1, dtype=np.int32)
 
     def put(self, row: int, column: int, ids: Sequence[int] | np.ndarray[Any, Any], document: int) -> None:
-        """Writes `ids`, a document or a piece of one, numbered `document` within its row."""
+        """Writes `ids`, a document or a piece of one, numbered `document` within its row; see `without_loss`."""
         end = column + len(ids)
-        self.input_ids[row, column:end] = ids
-        self.labels[row, column:end] = ids
+        tokens = np.asarray(ids)
+        self.input_ids[row, column:end] = np.where(tokens < 0, without_loss(tokens), tokens)
+        self.labels[row, column:end] = np.where(tokens < 0, IGNORED, tokens)
         self.document_ids[row, column:end] = document
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -32,6 +33,7 @@ class Tokenizer(ABC):
     eos_id: int | None
     bos_id: int | None
     pad_id: int | None
+    chat_template: str | None = None  # Jinja, by which conversations become text
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -48,6 +50,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def _pieces(self) -> list[tuple[str, int]]:
         """(piece, id) of the vocabulary."""
+
+    @property
+    def begin_id(self) -> int | None:
+        """The begin mark, where the tokenizer itself puts it before every text; our own SentencePiece models do not."""
+        return None
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +74,9 @@ class Tokenizer(ABC):
         """
         from transformers import AutoTokenizer
 
-        self.to_hugging_face().save_pretrained(str(folder))
+        files = self.to_hugging_face()
+        files.chat_template = self.chat_template
+        files.save_pretrained(str(folder))
         saved = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         for text, ids in zip(SAMPLE_TEXTS, self.encode(list(SAMPLE_TEXTS)), strict=True):
             theirs = saved(text, add_special_tokens=False)["input_ids"]
@@ -119,6 +128,8 @@ class HuggingFaceTokenizer(Tokenizer):
             tokenizer.bos_token_id,
             tokenizer.pad_token_id,
         )
+        template = tokenizer.chat_template  # of several, by name, the one for plain conversations
+        self.chat_template = template.get("default") if isinstance(template, dict) else template
         kept = {self.eos_id, self.bos_id, self.pad_id, tokenizer.unk_token_id}
         special = set(tokenizer.all_special_ids)
         # T5 has 100 sentinels above its 32,000 pieces, which no text needs and the papers' models have no rows for.
@@ -147,12 +158,20 @@ class HuggingFaceTokenizer(Tokenizer):
     def to_hugging_face(self) -> Any:
         return self._tokenizer
 
+    @property
+    def begin_id(self) -> int | None:
+        # Of a copy: a call sets the way special tokens in a text are read.
+        ids = copy.deepcopy(self._tokenizer)("a")["input_ids"]
+        return self.bos_id if self.bos_id is not None and ids[:1] == [self.bos_id] else None
+
     def _pieces(self) -> list[tuple[str, int]]:
         return list(self._tokenizer.get_vocab().items())
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
     """The tokenizer `path` names: a `.model` or `tokenizer.json` file, a folder, or a name on the hub.
+
+    `chat_template`: in place of its own.
 
     Relative paths are looked for from the current folder, then from the project's root. Nothing is downloaded unless
     `path` is a hub name that is not in the cache; no code of a repository is ever run.
@@ -160,6 +179,13 @@ def load_tokenizer(path: str) -> Tokenizer:
     Raises:
         UserError: there is no such file, folder or name, or it is not a tokenizer.
     """
+    tokenizer = _load(path)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _load(path: str) -> Tokenizer:
     if not path:
         raise UserError("data.tokenizer is empty: give a .model file, a tokenizer.json, a folder or a hub name")
     found = find_local(path)

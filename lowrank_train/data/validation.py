@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from lowrank_train.config.schema import DataConfig
-from lowrank_train.data.documents import Source, check_readable, open_source
+from lowrank_train.data.chat import ExampleValidation, open_examples
+from lowrank_train.data.dealing import Dealing
+from lowrank_train.data.documents import Source
 from lowrank_train.data.lanes import Deal, concatenated_batches, padded_batches
 from lowrank_train.data.order import Place
 from lowrank_train.data.packing import Rows, count_targets
+from lowrank_train.data.ranks import open_for_ranks
 from lowrank_train.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -31,8 +34,7 @@ class ValidationBatches:
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, batch_size: int, rank: int, world_size: int) -> None:
         self._data, self._tokenizer, self._batch_size = data, tokenizer, batch_size
         self._rank, self._world_size = rank, world_size
-        self._source: Source = open_source(data, "validation", tokenizer)
-        check_readable(self._source, key="data.validation")
+        self._source: Source = open_for_ranks(data, "validation", tokenizer, world_size)
         self._kept: list[list[np.ndarray[Any, Any]]] | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -53,7 +55,7 @@ class ValidationBatches:
         """All rows of all ranks, each a list of its documents' pieces."""
         data = self._data
         one_pass = DataConfig(**{**vars(data), "shuffle_documents": 0, "repeat": False, "mask_documents": True})
-        deal = Deal(one_pass, self._source, self._tokenizer, _ROWS_TOGETHER, seed=0, lanes=1)
+        deal = Deal(one_pass, self._source, self._tokenizer, _ROWS_TOGETHER, seed=0, dealing=Dealing(1))
         pad = data.packing == "pad"
         batches = padded_batches(deal, Place(), 0) if pad else concatenated_batches(deal, Place(), 0, 0)
         dtype = np.uint16 if self._tokenizer.vocab_size <= 2**16 else np.uint32
@@ -82,10 +84,14 @@ class ValidationBatches:
 
 def validation_batches(
     data: DataConfig, tokenizer: Tokenizer, *, batch_size: int, rank: int = 0, world_size: int = 1
-) -> ValidationBatches:
+) -> ValidationBatches | ExampleValidation:
     """The validation rows of one rank; the last batch may be smaller. Build it once and iterate it at every evaluation.
 
     Raises:
         UserError: the corpus names nothing or nothing readable.
     """
+    if data.source == "chat":
+        return ExampleValidation(
+            open_examples(data, "validation", tokenizer), data, tokenizer, batch_size, rank, world_size
+        )
     return ValidationBatches(data, tokenizer, batch_size, rank, world_size)

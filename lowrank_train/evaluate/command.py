@@ -10,6 +10,7 @@ from lowrank_train.data.glue import GlueValidation, encoded_rows, read_split, sp
 from lowrank_train.evaluate.heads import head_of
 from lowrank_train.evaluate.loading import Trained, open_trained
 from lowrank_train.evaluate.perplexity import Evaluation, evaluate
+from lowrank_train.models import check_rows
 
 
 def evaluate_command(config: RunConfig) -> int:
@@ -48,6 +49,7 @@ def evaluate_glue(config: RunConfig, trained: Trained) -> int:
 
 def evaluate_trained(config: RunConfig, trained: Trained) -> Evaluation:
     """The evaluation that a run does, on a model that was opened."""
+    check_rows(trained.model, config.model, config.data)
     return evaluate(
         trained.model,
         validation_batches(config.data, trained.tokenizer, batch_size=config.trainer.batch_size, rank=0, world_size=1),

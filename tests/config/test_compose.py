@@ -93,7 +93,7 @@ def test_values_take_the_type_of_their_key(word: str, value: Any) -> None:
         ("data.repeat=1", "must be true or false"),
         ("optim.grad_clip=None", "for no value write null"),
         ("data.train=a.txt", "must be a list, [...], each text"),
-        ("data.packing=pa", "must be one of pad | concat. Did you mean pad?"),
+        ("data.packing=pa", "must be one of pad | concat | whole. Did you mean pad?"),
         ("task=trainn", "Did you mean train?"),
         ("strategy.rest.betas=[0.9]", "must be a list of 2"),
         ("strategy.subspace.side=lef", "Did you mean left?"),
