@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,39 @@ def storage(rows: Rows) -> list[str]:
     return table(columns, lines)
 
 
+def glue_runs(rows: Rows) -> list[str]:
+    """A line for each official metric of a task: the last evaluation, in percent, median and span over seeds."""
+    strategies = list(dict.fromkeys(row["strategy"] for row in rows))
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of = [row for row in rows if row["task"] == task]
+        for metric in of[0]["metrics"]["validation"]:
+            found = {
+                name: [100 * row["metrics"]["validation"][metric] for row in of if row["strategy"] == name]
+                for name in strategies
+            }
+            common = of[0]["commonest_label_metrics"]
+            lines.append((
+                task, metric, "not defined" if common is None else f"{100 * common['validation'][metric]:.1f}",
+                *map(median_and_span, found.values()),
+                f"{of[0]['train_rows'] or 'all'}", of[0]["validation_rows"], of[0]["epochs"],
+            ))  # fmt: skip
+    kinds = {row["strategy"]: f"{' '.join(row['settings'])}, {row['trainable_parameters']:,} trained, state "
+             f"{row['state_bytes'] / 2**20:.1f} MiB" for row in rows}  # fmt: skip
+    return [
+        *table(("task", "metric", "commonest label", *strategies, "trained rows", "evaluated", "epochs"), lines),
+        "",
+        "; ".join(f"{name}: {kind}" for name, kind in kinds.items()) + ".",
+    ]
+
+
+def median_and_span(values: list[float]) -> str:
+    if not values:
+        return ""
+    span = f" [{min(values):.1f}, {max(values):.1f}]" if len(values) > 1 else ""
+    return f"{statistics.median(values):.1f}{span}"
+
+
 SECTIONS = (
     (
         "equal_tokens",
@@ -186,6 +220,16 @@ matrix of moments, and a whole step of Adam on one float32 matrix. *One round* i
 updates by gradients whose rows and columns span two decades each, which is harder than training. Bytes are those of
 both moments. `python -m benchmarks.storage`""",
         storage,
+    ),
+    (
+        "glue_runs",
+        "Fine-tuning on GLUE",
+        """The packed encoder all-MiniLM-L6-v2 (22.7M parameters, 6 layers, 384 wide) on part of the training rows, a
+few epochs, one learning rate for each strategy on all tasks: what shows is that each strategy learns, not which is
+best. The last evaluation on the whole validation split, in percent; *commonest label* is what giving the same label to
+every row has (correlations: not defined). Matrix products in bfloat16, all else in float32.
+`python -m benchmarks.glue_runs --data FOLDER`""",
+        glue_runs,
     ),
     (
         "end_to_end",

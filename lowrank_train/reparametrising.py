@@ -11,13 +11,14 @@ from lowrank_train.config.errors import UserError
 from lowrank_train.nn.merge import Merge
 from lowrank_train.nn.reparam import ReparamLinear, Weights, layers_of
 from lowrank_train.optim.selection import matched_names
+from lowrank_train.strategy_checks import row_head
 
 
 def swap_in(model: nn.Module, weights: Weights, seed: int) -> None:
     """Put a reparametrised layer in place of every linear layer that `weights.modules` matches.
 
     A model that has been swapped already is left as it is. UserError for patterns that match no linear layer, or the
-    head, and for shapes that do not fit.
+    head, and for shapes that do not fit. The head of a task that gives labels stays dense, and trained.
     """
     if layers_of(model):
         return
@@ -28,6 +29,12 @@ def swap_in(model: nn.Module, weights: Weights, seed: int) -> None:
         chosen = {name for name, module in linears.items() if module is not head}
         faults = [] if chosen else ["the model has no linear layer but its head"]
     faults += _head_by_accident(model, weights, chosen)
+    dense = row_head(model)
+    trained = [param for name, param in model.named_parameters() if name in dense and param.requires_grad]
+    only_head = {name for name in chosen if f"{name}.weight" in dense}
+    if only_head and only_head == chosen:
+        faults.append(f"strategy.weights.modules takes in nothing but the head, {', '.join(sorted(only_head))}")
+    chosen -= only_head
     names = [name for name in linears if name in chosen]
     misfits = {name: weights.misfit((linears[name].out_features, linears[name].in_features)) for name in names}
     faults += [f"{name}: {fault}" for name, fault in misfits.items() if fault]
@@ -35,6 +42,8 @@ def swap_in(model: nn.Module, weights: Weights, seed: int) -> None:
         raise UserError(faults)
     linears.clear()  # so that each can go before the next is made
     weights.swap_(model, names, seed)
+    for param in trained:  # a representation may freeze all but its own
+        param.requires_grad_(True)
 
 
 def _head_by_accident(model: nn.Module, weights: Weights, chosen: set[str]) -> list[str]:

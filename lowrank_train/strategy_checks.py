@@ -1,4 +1,4 @@
-"""Embeddings and heads that a pattern of a strategy takes in by accident."""
+"""Embeddings and heads: which they are, and those that a pattern of a strategy takes in by accident."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ def tables(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.Embedding) or module is output:
             found[f"{name}.weight"] = "head" if module is output else "embedding"
     return found
+
+
+def row_head(model: nn.Module) -> set[str]:
+    """Names of the parameters between the hidden states and the labels or score of a row; empty for other models.
+
+    They are what is outside of the body, and the body's pooler: RoBERTa has in its head what BERT calls a pooler.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    if body is None or body is model or getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return set()
+    names = [name for name, _ in model.named_parameters()]
+    return {name for name in names if not name.startswith(f"{prefix}.") or name.startswith(f"{prefix}.pooler.")}
 
 
 def taken_by_accident(model: nn.Module, patterns: Sequence[str], chosen: Iterable[str]) -> Iterator[str]:

@@ -48,8 +48,8 @@ class Head(Protocol):
     def sentence(self, found: dict[str, Any], seconds: float) -> str:
         """An evaluation in words, and how long it took."""
 
-    def score(self, found: dict[str, Any]) -> float | None:
-        """By which the best evaluation of a run is chosen, the higher the better; None: the last one counts alone."""
+    def score(self, found: dict[str, Any]) -> float:
+        """By which the best evaluation of a run is chosen, the higher the better."""
 
 
 class CausalHead:
@@ -75,8 +75,8 @@ class CausalHead:
             f"({found['num_targets']:,} tokens in {seconds:.1f} s)"
         )
 
-    def score(self, found: dict[str, Any]) -> float | None:
-        return None
+    def score(self, found: dict[str, Any]) -> float:
+        return -float(found["loss"]) if math.isfinite(found["loss"]) else -math.inf
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class GlueHead:
         )
         return f"val_loss: {found['loss']:.4f}  {told}  ({found['num_targets']:,} rows in {seconds:.1f} s)"
 
-    def score(self, found: dict[str, Any]) -> float | None:
+    def score(self, found: dict[str, Any]) -> float:
         split, metric = self.task.best_by
         value = found["metrics"][split][metric]
         return -math.inf if value is None else float(value)

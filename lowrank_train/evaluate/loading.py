@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lowrank_train.checkpoint import checkpoint_step, load_weights, newest_complete, read_manifest
+from lowrank_train.checkpoint import Kind, checkpoint_step, load_weights, newest_complete, read_manifest
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig, TrainerConfig
 from lowrank_train.data import Tokenizer, load_tokenizer
@@ -53,6 +53,8 @@ def open_trained(config: RunConfig) -> Trained:
     device = pick_device(config.trainer)
     if (folder / "config.yaml").is_file():
         return _open_run(config, folder, device)
+    if (folder / "config.json").is_file() and config.best:
+        raise UserError(f"best=true: run={folder} is a Hugging Face folder, which holds one set of weights")
     if (folder / "config.json").is_file():
         return _open_hugging_face(config, folder, device)
     raise UserError(
@@ -61,13 +63,19 @@ def open_trained(config: RunConfig) -> Trained:
 
 
 def _open_run(config: RunConfig, folder: Path, device: torch.device) -> Trained:
-    checkpoint, passed_over = newest_complete(folder / "checkpoints")
+    kind: Kind = "best" if config.best else "step"
+    checkpoint, passed_over = newest_complete(folder / "checkpoints", kind)
     for line in passed_over:
         log.warning("passed over a damaged checkpoint: %s", line)
+    if checkpoint is None and kind == "best":
+        raise UserError(
+            f"best=true: run={folder} kept no weights of its best evaluation; train with trainer.keep_best=true, "
+            "or leave out best=true for the last ones"
+        )
     if checkpoint is None:
         raise UserError(f"run={folder} holds no complete checkpoint; train it first: python train.py")
     manifest = read_manifest(checkpoint)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.chat_template)
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise UserError(
             f"data.tokenizer={config.data.tokenizer} is not the tokenizer that {folder} was trained with; "
@@ -87,12 +95,14 @@ def _open_run(config: RunConfig, folder: Path, device: torch.device) -> Trained:
     strategy = Strategy.from_config(config.strategy, seed=config.seed, int8_group=config.precision.int8_group)
     strategy.prepare(model)
     model.load_state_dict(load_weights(checkpoint, manifest), strict=True)
-    source = f"{folder} after {checkpoint_step(checkpoint):,} updates"
-    return Trained(model.eval(), tokenizer, strategy, source, device)
+    source = f"{folder} after {checkpoint_step(checkpoint):,} updates{', the best' if kind == 'best' else ''}"
+    begin_id = tokenizer.begin_id if config.data.source == "chat" else None
+    return Trained(model.eval(), tokenizer, strategy, source, device, begin_id)
 
 
 def _open_hugging_face(config: RunConfig, folder: Path, device: torch.device) -> Trained:
-    tokenizer, outputs = load_tokenizer(config.data.tokenizer or str(folder)), outputs_of(config.data)
+    tokenizer = load_tokenizer(config.data.tokenizer or str(folder), config.data.chat_template)
+    outputs = outputs_of(config.data)
     with user_errors(f"run={folder}"):
         model: PreTrainedModel = (
             auto_class(outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,6 +70,13 @@ def assignment_lines(rows: Sequence[Assigned]) -> list[str]:
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in cells]  # fmt: skip
+
+
+def head_lines(rows: Sequence[Assigned], head: Collection[str]) -> list[str]:
+    """That the parameters `head`, which make labels of hidden states, are trained, where others are frozen."""
+    modules = list(dict.fromkeys(row.name.rpartition(".")[0] for row in rows if row.name in head))
+    frozen = any(row.role == "frozen" for row in rows)
+    return [f"head of the task, trained whole: {', '.join(modules)}"] if modules and frozen else []
 
 
 def model_sentence(name: str, parameters: int, trainable: int, weights_bytes: int, dtype: str) -> str:

@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from lowrank_train.evaluate.heads import CausalHead
+from lowrank_train.evaluate.samples import Samples
 from lowrank_train.memory.devices import memory_now_bytes, memory_peak_bytes
 from lowrank_train.report.console import Console
 from lowrank_train.train.csv_file import CsvFile
 from lowrank_train.train.interrupts import Interrupts
+from lowrank_train.train.level import LevelBatches
 from lowrank_train.train.module import RunModule, Update
 from lowrank_train.train.progress import ProgressDisplay
 from lowrank_train.train.rank_local import meet_ranks
@@ -65,9 +67,10 @@ class Recorder(L.Callback):
         *,
         utilization: Callable[[float], float] | None,
         documents: CsvFile | None,
+        samples: Samples | None = None,
     ) -> None:
         """`utilization` turns positions per second into MFU, where the accelerator is known; `documents` is
-        documents.csv, where it is wanted."""
+        documents.csv, where it is wanted; `samples` are answers to prompts of the validation data."""
         self._validation = validation
         self._interrupts = interrupts
         self._stopwatch = stopwatch
@@ -76,6 +79,7 @@ class Recorder(L.Callback):
         self._loggers = loggers
         self._utilization = utilization
         self._documents = documents
+        self._samples = samples
         self._validation_rows: Any = ()
         self._step = 0
         self._elapsed_before_sec = 0.0
@@ -90,6 +94,8 @@ class Recorder(L.Callback):
         self._stopwatch.begin_session()
         # Opened once, now: files that are not there end the run here, and rows once tokenized are kept.
         self._validation_rows = self._validation(rank=module.global_rank, world_size=trainer.world_size)
+        if module.sharded and isinstance(module.head, CausalHead):  # GLUE's rows are all evaluated by all ranks
+            self._validation_rows = LevelBatches(self._validation_rows, module.gather_over_ranks)
         if counters.pending_row:
             row, counters.pending_row = counters.pending_row, {}
             self._evaluate_into(row, trainer, module)
@@ -196,10 +202,14 @@ class Recorder(L.Callback):
         self._evaluation_sec = watch.end_lap()
         module.counters.evaluation = {"step": row["step"], **found}
         score, best = module.head.score(found), module.counters.best_evaluation
-        if score is not None and (not best or score > best["score"]):
+        if not best or score > best["score"]:
             module.counters.best_evaluation = {"score": score, "step": row["step"], **found}
         row |= module.head.row(found)
         self._console.say(f"step: {row['step']}  {module.head.sentence(found, self._evaluation_sec)}")
+        if self._samples is not None:
+            with module.computing():
+                told = self._samples.take(module.model, row["step"], write=trainer.is_global_zero)
+            self._console.say("\n".join(told))
 
     def _evaluate(self, trainer: L.Trainer, module: RunModule) -> dict[str, Any]:
         alone = trainer.world_size == 1

@@ -29,7 +29,7 @@ class Counters:
     sessions: int = 0
     data_ended: bool = False
     evaluation: dict[str, Any] = field(default_factory=dict)  # the last one, as the head gives it
-    best_evaluation: dict[str, Any] = field(default_factory=dict)  # where the task has a score, with the score
+    best_evaluation: dict[str, Any] = field(default_factory=dict)  # with its score
     pending_row: dict[str, Any] = field(default_factory=dict)  # of an update whose evaluation was interrupted
 
     @classmethod

@@ -1,13 +1,14 @@
-"""The callback that saves: every few updates, at the end, and when a signal asks the run to stop."""
+"""The callback that saves: every few updates, at the end, when a signal asks to stop, and the best weights aside."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from lowrank_train.checkpoint import checkpoint_folder
+from lowrank_train.checkpoint import PARTIAL_SUFFIX, checkpoint_folder, checkpoint_folders, checkpoint_step
 from lowrank_train.config.errors import EXIT_DISK_FULL, EXIT_TERMINATED, RunStopped
 from lowrank_train.report.console import Console
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
@@ -15,6 +16,7 @@ from lowrank_train.train.interrupts import Interrupts
 from lowrank_train.train.module import RunModule
 from lowrank_train.train.recorder import as_ours, is_last_update
 from lowrank_train.train.run_state import Stopwatch
+from lowrank_train.train.slurm import StoppedBySignal
 
 
 class Saver(L.Callback):
@@ -27,23 +29,42 @@ class Saver(L.Callback):
         interrupts: Interrupts,
         stopwatch: Stopwatch,
         console: Console,
+        *,
+        resume_from: Path | None = None,
     ) -> None:
+        """`folder` takes the checkpoints; `resume_from` is the one that the run goes on from."""
         self._folder = folder
+        self._resume_from = resume_from
         self._checkpoints = checkpoints
         self._interrupts = interrupts
         self._stopwatch = stopwatch
         self._console = console
         self._step = -1
+        self._best_at_checkpoint: int | None = None  # what a run that goes on from there would call its best
         self.stopped_by_signal = False
+        self._asked_to_come_back = False  # by Slurm, on whichever rank
 
-    @property
-    def signal_name(self) -> str:
-        """The signal this rank got; another rank may have got it alone."""
-        return self._interrupts.received.name if self._interrupts.received is not None else "another rank"
+    def stopped(self, then: str) -> StoppedBySignal:
+        """The end of a run that a signal stopped, with what came of it in words."""
+        received = self._interrupts.received
+        return StoppedBySignal(
+            f"stopped by {'another rank' if received is None else received.name}{then}",
+            EXIT_TERMINATED if received is None else self._interrupts.exit_code,
+            asked_to_come_back=self._asked_to_come_back,
+        )
 
-    @property
-    def exit_code(self) -> int:
-        return self._interrupts.exit_code if self._interrupts.received is not None else EXIT_TERMINATED
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Weights that an evaluation just made up for finds best are those of the checkpoint it goes on from."""
+        module = as_ours(pl_module)
+        self._best_at_checkpoint = module.counters.best_evaluation.get("step")
+        if not module.config.trainer.keeps_best or self._resume_from is None or self._best_at_checkpoint is None:
+            return
+        best = checkpoint_folder(self._folder, self._best_at_checkpoint, "best")
+        made_now = checkpoint_step(self._resume_from) == self._best_at_checkpoint and not best.exists()
+        if made_now and trainer.is_global_zero:
+            aside = best.with_name(best.name + PARTIAL_SUFFIX)
+            shutil.copytree(self._resume_from, aside)
+            aside.rename(best)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
@@ -58,7 +79,11 @@ class Saver(L.Callback):
         module = as_ours(pl_module)
         settings = module.config.trainer
         last = is_last_update(trainer, settings.steps)
+        if settings.keeps_best and module.counters.best_evaluation.get("step") == step:
+            self._keep_best(trainer, module)
         self.stopped_by_signal = module.any_rank(self._interrupts.received is not None)
+        if self.stopped_by_signal:
+            self._asked_to_come_back = module.any_rank(self._interrupts.asks_to_come_back)
         if last or self.stopped_by_signal or (settings.save_every_steps and step % settings.save_every_steps == 0):
             self._save(trainer, module, must_succeed=last or self.stopped_by_signal)
         if last or self.stopped_by_signal:
@@ -70,6 +95,8 @@ class Saver(L.Callback):
         trainer.save_checkpoint(path, weights_only=False)
         if not module.any_rank(self._checkpoints.failure is not None):
             module.last_checkpoint_step = self._step
+            self._best_at_checkpoint = module.counters.best_evaluation.get("step")
+            self._drop_other_bests(trainer, module)
             if trainer.is_global_zero:
                 self._checkpoints.keep_newest(self._folder, module.config.trainer.keep_checkpoints, step=self._step)
             return
@@ -82,3 +109,20 @@ class Saver(L.Callback):
                 EXIT_DISK_FULL,
             )
         self._console.warn(f"{reason}; training goes on")
+
+    def _keep_best(self, trainer: L.Trainer, module: RunModule) -> None:
+        """The weights as they are, without the optimizer's state; the best before them stays while it is needed."""
+        trainer.save_checkpoint(checkpoint_folder(self._folder, self._step, "best"), weights_only=True)
+        if module.any_rank(self._checkpoints.failure is not None):
+            reason = self._checkpoints.failure
+            self._console.warn(f"the best weights, of step {self._step:,}, could not be kept: {reason}")
+        else:
+            self._drop_other_bests(trainer, module)
+
+    def _drop_other_bests(self, trainer: L.Trainer, module: RunModule) -> None:
+        """Leave the best so far, and the best as the last checkpoint knows it: a run may have to go on from there."""
+        found = {checkpoint_step(folder): folder for folder in checkpoint_folders(self._folder, "best")}
+        best = module.counters.best_evaluation.get("step")
+        if trainer.is_global_zero and best in found:  # not where the disk had no room for it
+            for step in found.keys() - {best, self._best_at_checkpoint}:
+                self._checkpoints.remove_checkpoint(found[step])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
-from lowrank_train.data import Tokenizer, unigram_perplexity
+from lowrank_train.data import Tokenizer
 from lowrank_train.evaluate.generate import sample
 from lowrank_train.evaluate.heads import GlueHead
 from lowrank_train.evaluate.perplexity import Evaluation
@@ -33,19 +33,19 @@ def summarize(
     folder: RunFolder,
     module: RunModule,
     data: RunData,
-    tokenizer: Tokenizer,
+    of_devices: dict[str, Any],
     device: torch.device,
 ) -> dict[str, Any]:
-    """The content of result.json."""
+    """The content of result.json; `of_devices` is what of_all_devices() has found."""
     counters = module.counters
     commit, changed = project_commit()
     return {
-        **(of_glue(config, module, data) if data.rows is not None else of_text(config, module, tokenizer)),
+        **(of_glue(config, module, data) if data.rows is not None else of_text(module, data)),
         "tokens_per_sec": counters.tokens_per_sec,
         "positions_per_sec": counters.positions_per_sec,
         "peak_memory_bytes": counters.peak_memory_bytes,
-        "state_bytes": module.optimizer.state_bytes(),
-        "weights_bytes": weights_bytes(module.model),
+        "state_bytes": of_devices["state_bytes"],
+        "weights_bytes": of_devices["weights_bytes"],
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "trainable_parameters": sum(
             math.prod(row.shape) for row in module.strategy.assignment(module.model) if row.role != "frozen"
@@ -70,7 +70,7 @@ def summarize(
         "data_fingerprint": module.facts["data"],
         "versions": library_versions(),
         "hardware": hardware(device, device_name(device), config.trainer.devices * config.trainer.num_nodes),
-        "sample": sampled_paragraph(config, module.model.to(device), tokenizer) if data.rows is None else "",
+        "sample": of_devices["sample"],
         "planned": planned_memory(config),
         "run_folder": str(folder.path),
         "loss_curve": str(folder.path / "loss.png"),
@@ -78,16 +78,19 @@ def summarize(
     }
 
 
-def of_text(config: RunConfig, module: RunModule, tokenizer: Tokenizer) -> dict[str, Any]:
+def of_text(module: RunModule, data: RunData) -> dict[str, Any]:
     """How well the model predicts text, by the last evaluation."""
+    assert data.unigram is not None, "text has frequencies"
     found = Evaluation(**{key: value for key, value in module.counters.evaluation.items() if key != "step"})
     return {
         "val_loss": found.loss,
         "val_perplexity": found.perplexity,
         "val_tokens": found.num_targets,
-        "unigram_perplexity": unigram_perplexity(config.data, tokenizer),
+        "unigram_perplexity": data.unigram(),
         "papers_val_loss": found.papers_loss,
         "papers_val_perplexity": found.papers_perplexity,
+        "best_val_loss": module.counters.best_evaluation["loss"],
+        "best_step": module.counters.best_evaluation["step"],
     }
 
 
@@ -108,6 +111,23 @@ def of_glue(config: RunConfig, module: RunModule, data: RunData) -> dict[str, An
     }
 
 
+def of_all_devices(
+    config: RunConfig, module: RunModule, data: RunData, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, Any]:
+    """Text the model writes, and the bytes of state and weights on the device that holds most.
+
+    Called on all ranks at once where the model lies in shards, since each forward pass gathers them.
+    """
+    held = (module.optimizer.state_bytes(), weights_bytes(module.model))
+    state, weights = max(
+        module.gather_over_ranks(held) if module.sharded else [held], key=lambda one: sum(one[0].values()) + one[1]
+    )
+    model = module.model if module.sharded else module.model.to(device)
+    with module.computing():
+        text = said(config, model, data, tokenizer) if data.rows is None else ""
+    return {"state_bytes": state, "weights_bytes": weights, "sample": text}
+
+
 def planned_memory(config: RunConfig) -> dict[str, Any] | None:
     """What `lowrank plan` says of this run, to stand beside what was measured; None where it cannot be planned."""
     try:
@@ -122,6 +142,14 @@ def planned_memory(config: RunConfig) -> dict[str, Any] | None:
         "needed_bytes": found.needed_bytes,
         "complete": found.complete,
     }
+
+
+def said(config: RunConfig, model: PreTrainedModel, data: RunData, tokenizer: Tokenizer) -> str:
+    """What the model says: to the first prompt of the validation data, where there are prompts."""
+    if data.sampler is None:
+        return sampled_paragraph(config, model, tokenizer)
+    first = data.sampler.answers(model, config.trainer.steps)[0]
+    return f"{first['prompt'].strip()}\n{first['completion'].strip()}"
 
 
 def sampled_paragraph(config: RunConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> str:

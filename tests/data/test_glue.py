@@ -128,6 +128,18 @@ def test_what_is_not_there_is_named(glue: Path, tmp_path: Path) -> None:
         read_split(data_of("mrpc", revision="0" * 40), "train")
 
 
+def test_some_of_the_rows_are_the_same_some_for_every_seed(glue: Path) -> None:
+    """In the order of the file, nested in one another, and of the training split alone."""
+    folder = str(glue)
+    whole, many, few = (read_split(data_of("rte", folder=folder, train_rows=count), "train") for count in (None, 16, 6))
+    assert (len(whole), len(many), len(few)) == (24, 16, 6)
+    places = [whole.index(row) for row in few]
+    assert places == sorted(places) and set(few) < set(many) and places != list(range(6))
+    assert len(read_split(data_of("rte", folder=folder, train_rows=6), "validation")) == 10
+    with pytest.raises(UserError, match=r"data.train_rows=25: .* holds 24 rows"):
+        read_split(data_of("rte", folder=folder, train_rows=25), "train")
+
+
 def test_few_damaged_lines_are_left_out_and_many_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The published QQP has a few lines that break off; a file of another kind breaks off everywhere."""
     good = "\n".join(f"{n}\ta\tb\tentailment" for n in range(200))

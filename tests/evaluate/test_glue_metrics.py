@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -9,31 +10,31 @@ import pytest
 import torch
 
 from lowrank_train.evaluate.glue_metrics import METRICS, glue_metrics, ranks
-
-SHAPES = [(7, 0.5), (33, 0.1), (200, 0.9), (1001, 0.5)]  # rows, share of label 1
-
-
-def classes(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    true = (random.random(count) < share).astype(np.int64)
-    return np.where(random.random(count) < 0.3, 1 - true, true), true
-
-
-def scores(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions without ties, and scores in steps of 0.2 with many."""
-    random = np.random.default_rng(seed)
-    true = np.round(random.random(count) * 25) / 5
-    return true + random.standard_normal(count), true
-
+from tests.evaluate.make_glue_goldens import GOLDENS, SEEDS, SHAPES, classes, scores
 
 # All of these are sums and quotients of float64 numbers of size 1, over at most 1001 rows: 1e-12 is rounding.
 TOLERANCE = 1e-12
 
 
 @pytest.mark.parametrize(("count", "share"), SHAPES)
+def test_they_equal_recorded_values_of_scikit_learn_and_scipy(count: int, share: float) -> None:
+    """Of the versions that stand in the file, by make_glue_goldens.py."""
+    cases = [case for case in json.loads(GOLDENS.read_text(encoding="utf-8"))["cases"] if case["rows"] == count]
+    assert [case["seed"] for case in cases] == list(SEEDS)
+    for case in cases:
+        predicted, true = classes(count, share, case["seed"])
+        given, wanted = scores(count, case["seed"])
+        sums = {"true": true.sum(), "predicted": predicted.sum(), "scores": math.fsum(given)}
+        assert sums == pytest.approx(case["sums"], abs=1e-9), "numpy draws other rows than those that the file is about"
+        found = glue_metrics(["accuracy", "f1", "matthews"], predicted, true)
+        found |= glue_metrics(["pearson", "spearman"], given, wanted)
+        assert found == pytest.approx(case["metrics"], abs=TOLERANCE, rel=0)
+
+
+@pytest.mark.parametrize(("count", "share"), SHAPES)
 def test_classes_equal_scikit_learn(count: int, share: float) -> None:
     reference = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
-    for seed in range(20):
+    for seed in SEEDS:
         predicted, true = classes(count, share, seed)
         found = glue_metrics(["accuracy", "f1", "matthews"], predicted, true)
         assert found["accuracy"] == pytest.approx(reference.accuracy_score(true, predicted), abs=TOLERANCE)
@@ -44,7 +45,7 @@ def test_classes_equal_scikit_learn(count: int, share: float) -> None:
 @pytest.mark.parametrize(("count", "share"), SHAPES)
 def test_scores_equal_scipy(count: int, share: float) -> None:
     reference = pytest.importorskip("scipy.stats", reason="scipy is not installed")
-    for seed in range(20):
+    for seed in SEEDS:
         predicted, true = scores(count, seed)
         found = glue_metrics(["pearson", "spearman"], predicted, true)
         assert found["pearson"] == pytest.approx(reference.pearsonr(predicted, true)[0], abs=TOLERANCE)

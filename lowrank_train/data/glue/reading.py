@@ -14,6 +14,7 @@ from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import DataConfig
 from lowrank_train.data.files import did_you_mean, find_local
 from lowrank_train.data.glue.tasks import HUB_REPOSITORY, HUB_REVISION, LARGEST_SCORE, TASKS, GlueTask, file_stems
+from lowrank_train.data.order import permutation
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +34,20 @@ def read_split(data: DataConfig, split: str) -> list[GlueRow]:
     """The rows of `split`, one of "train" and the task's validation splits, in the order of the file.
 
     Raises:
-        UserError: no such file, a column that is missing, a label that the task does not have, no row at all.
+        UserError: no such file, a column that is missing, a label that the task does not have, no row at all, or fewer
+            than `data.train_rows`.
     """
     task = task_of(data)
     path = split_file(data, split)
     rows = [_row(task, record, f"{path}, {where}") for where, record in _records(path, task)]
     if not rows:
         raise UserError(f"{_key(split)}: {path} holds no row of {task.folder}; give a file with rows")
-    return rows
+    if split != "train" or data.train_rows is None:
+        return rows
+    if data.train_rows > len(rows):
+        raise UserError(f"data.train_rows={data.train_rows}: {path} holds {len(rows)} rows; null takes all")
+    kept = sorted(permutation(len(rows), f"{task.name} train_rows")[: data.train_rows])
+    return [rows[number] for number in kept]
 
 
 def task_of(data: DataConfig) -> GlueTask:
