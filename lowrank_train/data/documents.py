@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import DataConfig
-from lowrank_train.data.files import Truncated, expand, read_lines
+from lowrank_train.data.files import Listing, Truncated, expand, is_remote, read_lines
 from lowrank_train.data.tokenizer import Tokenizer
 
 TEXT_DOCUMENT_BYTES = 4096  # a plain-text document ends at the first blank line past this
@@ -58,6 +58,11 @@ class Source(ABC):
         """`file:line`, as an editor counts lines; for plain text and token shards the line is the document's number."""
         return f"{self.names[slot.file]}:{slot.line + 1}"
 
+    def seen(self) -> list[str]:
+        """A line for each file: its name and, where it lies on this machine, its size in bytes."""
+        sizes = ["" if is_remote(file) else f" of {Path(file).stat().st_size:,} bytes" for file in self.files]
+        return [name + size for name, size in zip(self.names, sizes, strict=True)]
+
     def take_faults(self) -> list[Fault]:
         """What was skipped since the last call."""
         taken, self.faults = self.faults, []
@@ -65,6 +70,16 @@ class Source(ABC):
 
     def _fault(self, kind: str, slot: Slot) -> None:
         self.faults.append(Fault(kind, self.document_id(slot)))
+
+
+class IndexedSource(Source):
+    """Documents that have numbers, 0 to num_documents - 1 over all files, by which each is found at once."""
+
+    num_documents: int
+
+    @abstractmethod
+    def slot_of(self, number: int) -> Slot:
+        """The slot of a document by its number."""
 
 
 class TextSource(Source):
@@ -170,8 +185,8 @@ class PlainText(TextSource):
         return re.sub(r"\r\n?", "\n", text).strip("\n")
 
 
-def open_source(data: DataConfig, split: str, tokenizer: Tokenizer) -> Source:
-    """The documents of `data.train` or `data.validation`.
+def open_source(data: DataConfig, split: str, tokenizer: Tokenizer, listing: Listing | None = None) -> Source:
+    """The documents of `data.train` or `data.validation`; `listing` of remote files where it is known already.
 
     Raises:
         UserError: the addresses name nothing, or token shards are of another tokenizer.
@@ -182,7 +197,7 @@ def open_source(data: DataConfig, split: str, tokenizer: Tokenizer) -> Source:
     addresses = data.train if split == "train" else data.validation
     if data.source == "tokens":
         return TokenShards.open(addresses, tokenizer, key=key)
-    files = expand(addresses, key=key, source=data.source, revision=data.revision)
+    files = expand(addresses, key=key, source=data.source, revision=data.revision, listing=listing)
     if data.source == "text":
         return PlainText(files, tokenizer, revision=data.revision, key=key)
     return JsonLines(files, tokenizer, text_key=data.text_key, revision=data.revision, key=key)

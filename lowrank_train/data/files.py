@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-_SUFFIXES = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text", ".md", ".utf8")}
+_JSON_LINES = (".jsonl", ".json", ".ndjson")
+_SUFFIXES = {"jsonl": _JSON_LINES, "chat": _JSON_LINES, "text": (".txt", ".text", ".md", ".utf8")}
 READ_BYTES = 2**18  # asked of a remote file at a time
 RETRIES = 8  # attempts in a row without one new line
 FIRST_WAIT_SEC, LONGEST_WAIT_SEC = 1.0, 60.0  # doubled at every attempt: about three minutes in all
@@ -66,7 +67,19 @@ def expand_braces(address: str) -> list[str]:
     return expanded
 
 
-def expand(addresses: list[str], *, key: str, source: str, revision: str | None = None) -> list[str]:
+Listing = dict[str, list[str]]
+"""Of addresses with a glob on a remote store, the files that it was found to name."""
+
+
+def list_remote(addresses: list[str], *, key: str, revision: str | None) -> Listing:
+    """Asks remote stores what the globs among `addresses` name. UserError for one that names nothing."""
+    globs = [found for given in addresses for found in expand_braces(given) if is_remote(found) and "*" in found]
+    return {address: _remote_glob(address, key, revision) for address in globs}
+
+
+def expand(
+    addresses: list[str], *, key: str, source: str, revision: str | None = None, listing: Listing | None = None
+) -> list[str]:
     """The files `addresses` name, in order: braces and globs expanded, folders listed, relative paths found.
 
     Args:
@@ -74,16 +87,18 @@ def expand(addresses: list[str], *, key: str, source: str, revision: str | None 
         key: the configuration key they come from, for messages.
         source: `jsonl` or `text`: which files of a folder are taken.
         revision: commit for `hf://` addresses that contain a glob.
+        listing: what `list_remote` found for them; asked for where it is not given.
 
     Raises:
         UserError: an address names nothing.
     """
     if not addresses:
         raise UserError(f"{key} is empty: give at least one file, glob, folder or hf:// address")
+    listing = list_remote(addresses, key=key, revision=revision) if listing is None else listing
     files: list[str] = []
     for address in (expanded for given in addresses for expanded in expand_braces(given)):
         if is_remote(address):
-            files += _remote_glob(address, key, revision) if "*" in address else [address]
+            files += listing.get(address, [address])
         elif (found := find_local(address)) is not None:
             files += _list_folder(found, key, source) if found.is_dir() else [str(found)]
         else:

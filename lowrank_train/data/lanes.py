@@ -10,9 +10,11 @@ from typing import Any
 
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import DataConfig
-from lowrank_train.data.documents import Slot, Source
+from lowrank_train.data.dealing import Dealing
+from lowrank_train.data.documents import IndexedSource, Slot, Source
 from lowrank_train.data.order import Order, Place
 from lowrank_train.data.packing import Rows, count_targets, ended, padded
+from lowrank_train.data.shuffle import ShuffledOrder
 from lowrank_train.data.tokenizer import Tokenizer
 
 ENCODED_TOGETHER = 32  # documents: enough for a batched tokenizer to be fast, few enough to be read again on resume
@@ -27,18 +29,13 @@ class Deal:
     tokenizer: Tokenizer
     batch_size: int
     seed: int
-    lanes: int  # consumers over all ranks
+    dealing: Dealing
 
-    def by_file(self) -> bool:
-        """Whether whole files are dealt instead of documents, so that no lane has to read every file.
-
-        Only when documents are packed end to end (padded rows are dealt in the global order, which lets the number of
-        ranks change) and every lane gets equally many files.
-        """
-        return self.data.packing == "concat" and self.lanes > 1 and len(self.source.files) % self.lanes == 0
-
-    def order(self, files: list[int]) -> Order:
-        """The walk through `files`."""
+    def order(self, files: list[int]) -> Order | ShuffledOrder:
+        """The walk through `files`, or through all documents where they are shuffled all together."""
+        if self.data.shuffle_documents == "all":
+            assert isinstance(self.source, IndexedSource), "the checks of the configuration see to it"
+            return ShuffledOrder(self.source, repeat=self.data.repeat, seed=self.seed)
         return Order(
             self.source,
             files,
@@ -74,7 +71,7 @@ def padded_batches(deal: Deal, start: Place, lane: int) -> Iterator[dict[str, An
     size = deal.batch_size
 
     def mine(number: int) -> bool:
-        return ((number - start.documents) // size) % deal.lanes == lane
+        return ((number - start.documents) // size) % deal.dealing.lanes == lane
 
     def make(group: list[tuple[Place, Slot]]) -> dict[str, Any]:
         rows = Rows(size, deal.data.seq_len, deal.tokenizer)
@@ -97,16 +94,15 @@ def padded_batches(deal: Deal, start: Place, lane: int) -> Iterator[dict[str, An
 def concatenated_batches(deal: Deal, start: Place, token: int, lane: int) -> Iterator[dict[str, Any]]:
     """Micro-batches of a lane's documents end to end, each closed by the end-of-sequence token.
 
-    Document n of the global order goes to lane n mod lanes, or file n does where whole files are dealt. `start` and
-    `token` say at which token of which document to begin; `batch["place"]` and `batch["token"]` say the same for what
-    comes next.
+    Which documents are the lane's is said by `deal.dealing`. `start` and `token` say at which token of which document
+    to begin; `batch["place"]` and `batch["token"]` say the same for what comes next.
     """
-    files = list(range(len(deal.source.files)))
-    if deal.by_file():
-        walk = deal.order(files[lane :: deal.lanes]).walk(start, lambda number: True)
-    else:
-        walk = deal.order(files).walk(start, lambda number: number % deal.lanes == lane)
+    dealing = deal.dealing
+    files = dealing.files(lane, len(deal.source.files))
+    walk = deal.order(files).walk(start, lambda document: dealing.takes(lane, document))
+    begun = dealing.begun(lane) | ({start.documents: token} if token else {})
     queue: deque[tuple[Place, Slot, list[int]]] = deque()
+    token = 0
     size, seq_len = deal.batch_size, deal.data.seq_len
     next_place = start
 
@@ -133,7 +129,8 @@ def concatenated_batches(deal: Deal, start: Place, token: int, lane: int) -> Ite
             while column < seq_len and (queue or refill()):
                 place, slot, ids = queue[0]
                 if token == 0:
-                    began.append(slot)
+                    token = begun.pop(place.documents, 0)
+                    began += [slot] if token == 0 else []
                 piece = ids[token : token + seq_len - column]
                 rows.put(row, column, piece, document)
                 column, token, document = column + len(piece), token + len(piece), document + 1

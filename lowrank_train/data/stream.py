@@ -4,8 +4,8 @@ Documents have one global order (`order.py`). They are dealt to lanes: rank r of
 r, r + R, ..., r + (W - 1) R, and takes a micro-batch from each in turn. Padded rows are dealt in groups of a batch, so
 that micro-batch k of rank r is the documents [(k R + r) b, (k R + r + 1) b) whatever W is; the position is one place in
 the global order, from which any number of ranks and workers can go on. Rows packed end to end belong to their lane; its
-place and the token it has reached are the position, with which any number of workers, and of ranks that divides the
-number of lanes, can go on.
+place and the token it has reached are the position. The lanes stay, whatever the workers, on any number of ranks that
+divides theirs; on another number the documents that are left are dealt to new lanes (`dealing.py`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import DataConfig
-from lowrank_train.data.documents import Fault, check_readable, open_source
+from lowrank_train.data.dealing import Starts, dealt_again, first_dealing
+from lowrank_train.data.documents import Fault, IndexedSource
 from lowrank_train.data.lanes import Deal, concatenated_batches, padded_batches
 from lowrank_train.data.order import Place
+from lowrank_train.data.ranks import open_for_ranks
 from lowrank_train.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -61,26 +63,30 @@ def training_batches(
     Raises:
         UserError: the corpus names nothing or nothing readable, or `position` belongs to another corpus or geometry.
     """
-    source = open_source(data, "train", tokenizer)
-    check_readable(source, key="data.train")
+    source = open_for_ranks(data, "train", tokenizer, world_size)
     positions = [position] if isinstance(position, dict) else list(position or [])
-    stamp = hashlib.sha256("\n".join(source.names).encode()).hexdigest()[:16]
+    names = [*source.names, *([f"{source.num_documents} documents"] if isinstance(source, IndexedSource) else [])]
+    stamp = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     identity = {"packing": data.packing, "files": stamp, "shuffle_documents": data.shuffle_documents}
     if data.shuffle_documents:
         identity["seed"] = seed
     for saved in positions:
         _check_identity(saved, identity)
-    lanes = world_size * max(1, data.num_workers)
+    dealing = first_dealing(data, source, world_size * max(1, data.num_workers))
+    starts: Starts = {}
     if positions and data.packing == "concat":
-        lanes = positions[0]["count"]
-        if lanes % world_size:
-            raise UserError(
-                f"trainer.devices: the checkpoint has {lanes} places in the corpus, one for every lane (ranks x "
-                f"data.num_workers) of a run with data.packing=concat, and {world_size} ranks cannot share them. Use a "
-                f"number of ranks that divides {lanes}, or start anew with resume=false"
-            )
-    deal = Deal(data, source, tokenizer, batch_size, seed, lanes)
-    return TrainingBatches(deal, rank, world_size, micro_batches, identity, positions)
+        dealing, starts = dealt_again(positions, world_size, data.num_workers)
+    elif positions:
+        # Ranks stop after the same micro-batch; the one dealt last has gone farthest in the common order.
+        place = max((Place(**saved["place"]) for saved in positions), key=lambda place: place.documents)
+        starts = dict.fromkeys(range(dealing.lanes), (place, 0))
+    deal = Deal(data, source, tokenizer, batch_size, seed, dealing)
+    return TrainingBatches(deal, rank, world_size, micro_batches, identity, starts, _turn(positions, rank, world_size))
+
+
+def _turn(positions: list[Position], rank: int, world_size: int) -> int | None:
+    """The lane whose turn it is on this rank, where the same rank of as many was saved."""
+    return positions[rank].get("next") if len(positions) == world_size else None
 
 
 def _check_identity(saved: Position, identity: dict[str, Any]) -> None:
@@ -146,28 +152,18 @@ class TrainingBatches:
         world_size: int,
         micro_batches: int,
         identity: dict[str, Any],
-        positions: list[Position],
+        starts: Starts,
+        turn: int | None,
     ) -> None:
+        """`starts`: where lanes stand, the beginning for those that are not named; `turn`: the first one's number."""
         self._deal, self._world_size, self._micro_batches = deal, world_size, micro_batches
         self._identity = identity
         self.skipped: Counter[str] = Counter()  # documents this rank could not read, by kind
         self._damaged: set[Fault] = set()
-        lanes = list(range(rank, deal.lanes, world_size))
-        self._starts = {lane: (Place(), 0) for lane in lanes}
-        if positions and deal.data.packing == "pad":
-            # Ranks stop after the same micro-batch; the one dealt last has gone farthest in the common order.
-            place = max((Place(**saved["place"]) for saved in positions), key=lambda place: place.documents)
-            self._starts = dict.fromkeys(lanes, (place, 0))
-        elif positions:
-            saved_lanes = {int(lane): saved for position in positions for lane, saved in position["lanes"].items()}
-            assert set(lanes) <= set(saved_lanes), "the positions of all ranks are needed"
-            self._starts = {lane: (Place(**saved_lanes[lane]["place"]), saved_lanes[lane]["token"]) for lane in lanes}
-            for position in positions:
-                if sorted(map(int, position["lanes"])) == lanes:  # the same rank of as many: its turn goes on
-                    turn = lanes.index(position["next"])
-                    lanes = lanes[turn:] + lanes[:turn]
-                    break
-        self._lanes = lanes
+        lanes = list(range(rank, deal.dealing.lanes, world_size))
+        self._starts = {lane: starts.get(lane, (Place(), 0)) for lane in lanes}
+        first = lanes.index(turn) if turn in lanes else 0
+        self._lanes = lanes[first:] + lanes[:first]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields micro-batches as `training_batches` describes them."""
@@ -207,7 +203,7 @@ class TrainingBatches:
             place = places[turn if latest is None else latest]["place"]
             return self._identity | {"place": place}
         lanes = {str(lane): place for lane, place in sorted(places.items())}
-        return self._identity | {"count": self._deal.lanes, "next": turn, "lanes": lanes}
+        return self._identity | self._deal.dealing.as_json() | {"next": turn, "lanes": lanes}
 
     def _dealt(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """(lane, micro-batch) in the order of lanes."""

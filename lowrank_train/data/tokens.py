@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_train.config.errors import UserError
-from lowrank_train.data.documents import Slot, Source
+from lowrank_train.data.documents import IndexedSource, Slot
 from lowrank_train.data.files import did_you_mean, find_local
 from lowrank_train.data.tokenizer import Tokenizer
 
@@ -100,12 +102,18 @@ def read_index(folder: Path) -> dict[str, Any]:
     return content
 
 
-class TokenShards(Source):
-    """Documents of one or more folders made by `lowrank data prepare`."""
+class TokenShards(IndexedSource):
+    """Documents of one or more folders made by `lowrank data prepare`, mapped into memory shard by shard."""
 
     def __init__(self, shards: Sequence[tuple[Path, Shard]]) -> None:
         super().__init__([str(folder / shard.name) for folder, shard in shards])
         self._shards = list(shards)
+        self._ends = list(itertools.accumulate(shard.documents for _, shard in shards))
+        self.num_documents = self._ends[-1] if self._ends else 0
+        self._mapped: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_mapped": {}}  # a worker process maps for itself; else all would be read and sent
 
     @classmethod
     def open(cls, folders: Sequence[str], tokenizer: Tokenizer, *, key: str) -> TokenShards:
@@ -134,15 +142,30 @@ class TokenShards(Source):
                 shards.append((folder, shard))
         return cls(shards)
 
+    def seen(self) -> list[str]:
+        """A line for each shard, with the checksums its index gives."""
+        pairs = zip(self.names, self._shards, strict=True)
+        return [f"{name} with sha256 {shard.sha256} and {shard.offsets_sha256}" for name, (_, shard) in pairs]
+
     def slots(self, file: int, start: int = 0) -> Iterator[Slot]:
-        folder, shard = self._shards[file]
-        if shard.documents == 0:
-            return
-        ids_path, offsets_path = shard.paths(folder)
-        offsets = np.fromfile(offsets_path, dtype=np.int64)
-        ids = np.memmap(ids_path, dtype=shard.dtype, mode="r")
-        for number in range(start, shard.documents):
-            yield Slot(file, number, ids[offsets[number] : offsets[number + 1]])
+        for number in range(start, self._shards[file][1].documents):
+            yield self._slot(file, number)
+
+    def slot_of(self, number: int) -> Slot:
+        file = bisect.bisect_right(self._ends, number)
+        return self._slot(file, number - (self._ends[file - 1] if file else 0))
+
+    def _slot(self, file: int, number: int) -> Slot:
+        if file not in self._mapped:
+            folder, shard = self._shards[file]
+            ids_path, offsets_path = shard.paths(folder)
+            # Without the class memmap: it makes each slice an object of its own, several times slower.
+            self._mapped[file] = (
+                np.asarray(np.memmap(ids_path, dtype=shard.dtype, mode="r")),
+                np.asarray(np.memmap(offsets_path, dtype=np.int64, mode="r")),
+            )
+        ids, offsets = self._mapped[file]
+        return Slot(file, number, ids[offsets[number] : offsets[number + 1]])
 
     def encode(self, slots: list[Slot]) -> list[list[int]]:
         return [slot.payload.tolist() for slot in slots]

@@ -64,16 +64,14 @@ FRAGMENTATION = 0.02
 processes that had filled their card; expandable segments, which `lowrank` turns on, keep it low."""
 
 
-def allowances(peak_bytes: int, trained_bytes: int, devices: int) -> dict[str, int]:
-    """What a process needs beyond its tensors, by name; `trained_bytes` are those of one device's gradients."""
+def allowances(peak_bytes: int, bucket_bytes: int) -> dict[str, int]:
+    """What a process needs beyond the tensors of its model, by name; `bucket_bytes`: of gradients to be sent."""
     found = {
         "CUDA context": CONTEXT_BYTES,
         "cuBLAS workspace": WORKSPACE_BYTES,
         "fragmentation": round(FRAGMENTATION * peak_bytes),
     }
-    if devices > 1:  # DistributedDataParallel copies every gradient into a bucket that lives as long as the run
-        found["gradient buckets"] = trained_bytes
-    return found
+    return found | ({"gradient buckets": bucket_bytes} if bucket_bytes else {})
 
 
 def chosen_card(card: str | None, budget_gb: float | None) -> Card | None:

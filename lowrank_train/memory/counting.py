@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from lowrank_train.checkpoint_shards import own_part
 from lowrank_train.nn.reparam import layers_of
 from lowrank_train.optim.activity import is_trainable
 
@@ -38,7 +39,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """The tensors that one is kept as: itself, or the codes and scales of one that only stands for numbers."""
+    """The tensors that one is kept as: itself, the rows that lie on this device, or codes and scales."""
+    tensor = own_part(tensor)
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     return [part for name in tensor.__tensor_flatten__()[0] for part in parts_of(getattr(tensor, name))]

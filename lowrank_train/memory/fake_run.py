@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from lowrank_train.config.checks import micro_batches
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.evaluate.heads import CausalHead, head_of
+from lowrank_train.memory.counting import bytes_of, parts_of
+from lowrank_train.memory.shares import Shares
 from lowrank_train.memory.watch import StorageWatch, Watched, fake_world, make_fake
 from lowrank_train.models import meta_model, outputs_of
 from lowrank_train.optim.optimizer import TransformOptimizer
@@ -115,6 +117,8 @@ class _Life:
         self.micro_batches = min(2, micro_batches(config))  # the third is as the second
         watch.name_parameters(model)
         self.optimizer = optimizer_for(config, strategy, model)
+        self.shares = Shares.of(config)
+        self._cut_weights()
         self.head = head_of(config)
         self.batch = self._batch()
 
@@ -153,6 +157,7 @@ class _Life:
 
     def update(self, phase: str) -> None:
         """One update of all its micro-batches; the last one's passes run inside the optimizer's step."""
+        self._cut_state()
         for number in range(self.micro_batches - 1):
             self._passes(phase, number)
         self.optimizer.step(lambda: self._passes(phase, self.micro_batches - 1))
@@ -171,9 +176,33 @@ class _Life:
         self.watch.begin(f"{phase}: backward{suffix}")
         loss.backward()
         grads = [param.grad for param in self.model.parameters() if param.grad is not None]
-        self.watch.seen.moments[f"{phase}: gradients{suffix}"] = sum(g.numel() * g.element_size() for g in grads)
+        self.watch.seen.moments[f"{phase}: gradients{suffix}"] = sum(map(self.shares.gradient_bytes, grads))
         del loss, loss_sum
         self.watch.begin(f"{phase}: step")
+
+    def _cut_weights(self) -> None:
+        """Leave of weights what a device keeps, and of each gradient as soon as it is made."""
+        shares, watch = self.shares, self.watch
+        for param in self.model.parameters():
+            if shares.weights:
+                _cut(watch, param, shares.part_bytes(param))
+            if shares.gradients and param.requires_grad:
+                param.register_post_accumulate_grad_hook(
+                    lambda made: None if made.grad is None else _cut(watch, made.grad, shares.part_bytes(made.grad))
+                )
+
+    def _cut_state(self) -> None:
+        """The same of the state, made before the first update: as it is in the mean of all devices."""
+        if not self.shares.state:
+            return
+        self.optimizer.initialize()
+        for param, owner in zip(self.optimizer.slots, self.shares.owners(self.config, self.optimizer), strict=True):
+            for key, value in self.optimizer.state_of(param).items():
+                if isinstance(value, Tensor):
+                    part = value.nbytes // self.shares.ranks
+                    if owner is None:
+                        part = self.shares.state_part_bytes(self.optimizer, param, key, value)
+                    _cut(self.watch, value, part)
 
     def _batch(self) -> dict[str, Tensor]:
         """A micro-batch of full rows, every position of which is a target: the most that rows of this length hold."""
@@ -184,7 +213,7 @@ class _Life:
             batch["labels"] = torch.zeros(shape[0], dtype=torch.int64, device=DEVICE)
             return batch
         batch["labels"] = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
-        if self.config.data.packing == "concat" and self.config.data.mask_documents:
+        if self.config.data.packing != "pad" and self.config.data.mask_documents:
             batch["document_ids"] = torch.zeros(shape, dtype=torch.int32, device=DEVICE)
         return batch
 
@@ -196,3 +225,10 @@ class _Life:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.run.complete = False
             self.run.remarks.append(f"{what}: not run on fake tensors, so not in the peak ({first_line})")
+
+
+def _cut(watch: StorageWatch, tensor: Tensor, size_bytes: int) -> None:
+    """Of a tensor that stands for others, each in proportion."""
+    whole = bytes_of([tensor])
+    for part in parts_of(tensor):
+        watch.cut(part, size_bytes * part.nbytes // max(1, whole))

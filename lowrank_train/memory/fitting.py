@@ -210,7 +210,7 @@ class Search:
         found: list[tuple[Change, bool]] = []
         for change in changes:
             config = self._allowed({**kept, **change.words})
-            count = least if config is None else sum(kept_bytes(config, self.vocab_size)[1].values())
+            count = least if config is None else sum(kept_bytes(config, self.vocab_size).values())
             if count < least:
                 could_fit = before.needed_bytes - (before.persistent_bytes - count) <= self.card.usable_bytes
                 found.append((change, could_fit))

@@ -13,11 +13,16 @@ from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.data import load_tokenizer
 from lowrank_train.memory.cards import CARDS, Card, allowances, chosen_card
-from lowrank_train.memory.counting import flops_per_position, weights_by_kind
+from lowrank_train.memory.counting import flops_per_position
 from lowrank_train.memory.extrapolating import DEEPER, SHALLOW, NotAlike, extrapolated
 from lowrank_train.memory.fake_run import MOVING, PLAIN, fake_run, optimizer_for, prepared
 from lowrank_train.memory.plan_table import table
+from lowrank_train.memory.shares import Shares, for_a_while
+from lowrank_train.memory.traffic import messages_of
 from lowrank_train.memory.watch import Watched
+from lowrank_train.memory.wire import Message, sent_bytes
+from lowrank_train.optim.optimizer import TransformOptimizer
+from lowrank_train.optim.ranks import BUCKET_BYTES
 
 PAPERS_VOCABULARY = 32_000  # pieces of T5-base's tokenizer, which the C4 runs of the GaLore family use
 ASSUMED_UTILIZATION = 0.4
@@ -43,7 +48,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one device of the run holds; every rank holds the same."""
+    """What one device of the run holds, the fullest where they differ."""
 
     model: str
     strategy: str
@@ -51,6 +56,7 @@ class Plan:
     layers: int
     vocab_size: int
     devices: int
+    together: str  # how devices work together: trainer.strategy, and trainer.reduce where it is projected
     micro_batches: int
     rows: int  # of a micro-batch
     seq_len: int
@@ -66,6 +72,7 @@ class Plan:
     compute_per_position: float  # with it
     verdicts: list[Verdict]  # of the card asked for, or of all
     asked: bool  # for one card or a budget
+    messages: list[Message]  # what the devices send each other
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -78,7 +85,9 @@ class Plan:
         found.pop("asked")
         one = self.verdicts[0] if self.asked else None
         found["verdicts"] = [asdict(item) | {"margin_bytes": item.margin_bytes} for item in self.verdicts]
+        found["messages"] = [vars(one) | {"sent_bytes": one.sent_bytes(self.devices)} for one in self.messages]
         return found | {
+            "sent_bytes_per_update": sent_bytes(self.messages, self.devices),
             "needed_bytes": self.needed_bytes,
             "card": None if one is None else one.card,
             "fits": None if one is None else one.fits,
@@ -102,15 +111,16 @@ def planned(config: RunConfig, card: Card | None = None) -> Plan:
     """Count what is kept, and follow a run through all its phases with fake tensors."""
     remarks: list[str] = []
     vocab_size = vocabulary(config, remarks)
-    model, kept = kept_bytes(config, vocab_size)
+    model, optimizer = counted(config, vocab_size)
+    kept = Shares.of(config).kept(config, model, optimizer)
     watched, complete = followed(config, vocab_size, model, remarks)
     remarks += cautions(config)
-    phases = highest(watched)
     devices = world_size(config)
+    phases = {phase: most + for_a_while(config, model, optimizer, phase) for phase, most in highest(watched).items()}
     settings, peak = config.trainer, max(phases.values())
     flops = flops_per_position(model, config.data.seq_len)
     compute = flops * (4 / 3 if config.model.activation_checkpointing else 1)  # one more forward pass beside the three
-    extra = allowances(peak, kept["trained_weights"], devices)
+    extra = allowances(peak, bucket_bytes(config, kept["trained_weights"]))
     positions = settings.steps * micro_batches(config) * settings.batch_size * devices * config.data.seq_len
     verdicts = [
         judged(item, peak + sum(extra.values()), complete, compute, positions, devices, config)
@@ -123,6 +133,7 @@ def planned(config: RunConfig, card: Card | None = None) -> Plan:
         layers=model.config.get_text_config().num_hidden_layers,
         vocab_size=model.config.get_text_config().vocab_size,
         devices=devices,
+        together=together(config),
         micro_batches=micro_batches(config),
         rows=settings.batch_size,
         seq_len=config.data.seq_len,
@@ -138,16 +149,38 @@ def planned(config: RunConfig, card: Card | None = None) -> Plan:
         compute_per_position=compute,
         verdicts=verdicts,
         asked=card is not None,
+        messages=messages_of(config, model, optimizer),
         remarks=remarks,
     )
 
 
-def kept_bytes(config: RunConfig, vocab_size: int) -> tuple[PreTrainedModel, dict[str, int]]:
-    """The model on meta, and by kind what stays between two updates: weights, buffers, state."""
+def counted(config: RunConfig, vocab_size: int) -> tuple[PreTrainedModel, TransformOptimizer]:
+    """The model and its optimizer with all its state, on meta."""
     model, strategy = prepared(config, vocab_size)
     optimizer = optimizer_for(config, strategy, model)
     optimizer.initialize()
-    return model, weights_by_kind(model) | {f"state.{kind}": n for kind, n in optimizer.state_bytes().items()}
+    return model, optimizer
+
+
+def kept_bytes(config: RunConfig, vocab_size: int) -> dict[str, int]:
+    """By kind what stays between two updates on one device: weights, buffers, state."""
+    return Shares.of(config).kept(config, *counted(config, vocab_size))
+
+
+def bucket_bytes(config: RunConfig, trained_bytes: int) -> int:
+    """What lies beside the gradients to be sent: DistributedDataParallel copies every one into a bucket that lives as
+    long as the run; projected ones travel in buckets of 25 MiB, one at a time; parts are sent from where they are."""
+    if world_size(config) == 1 or config.trainer.strategy not in ("auto", "ddp"):
+        return 0
+    return BUCKET_BYTES if config.trainer.reduce == "projected" else trained_bytes
+
+
+def together(config: RunConfig) -> str:
+    """`ddp`, `ddp (reduce=projected)`, `fsdp`, ...; "" for a device alone."""
+    if world_size(config) == 1:
+        return ""
+    name = "ddp" if config.trainer.strategy == "auto" else config.trainer.strategy
+    return f"{name} (reduce=projected)" if config.trainer.reduce == "projected" else name
 
 
 def vocabulary(config: RunConfig, remarks: list[str]) -> int:
@@ -237,6 +270,10 @@ def cautions(config: RunConfig) -> list[str]:
         found.append("model.compile changes which temporaries there are; the plan is of the model as it is written")
     if config.model.attention not in ("sdpa", "eager"):
         found.append(f"model.attention={config.model.attention} has no fake kernel; if it was not run, see above")
+    if config.precision.compute == "bf16-mixed" and Shares.of(config).by_rows:
+        found.append("autocast's bfloat16 copies of weights are counted, which FSDP2 does not keep")
+    if Shares.of(config).masters:
+        found.append("DeepSpeed's buckets and what it gathers ahead of time are left out")
     if config.strategy.blocks is not None:
         found.append("the blocks that train at the beginning are planned with; others may be larger")
     return found

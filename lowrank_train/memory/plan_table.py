@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lowrank_train.memory.cards import GB
+from lowrank_train.memory.wire import sent_bytes
 from lowrank_train.report.units import format_count, format_duration
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def table(plan: Plan, utilization: float) -> Iterator[str]:
     yield (
         f"{plan.model} ({plan.layers} layers, {plan.vocab_size:,} pieces), strategy {plan.strategy}, precision "
         f"{plan.precision}; micro-batches of {plan.rows} x {plan.seq_len} tokens, {plan.micro_batches} an update, "
-        f"{plan.devices} device{'s' * (plan.devices > 1)}"
+        f"{plan.devices} device{'s' * (plan.devices > 1)}" + (f", {plan.together}" if plan.together else "")
     )
     unit, power = ("GB", 9) if plan.peak_bytes >= GB else ("MB", 6)
     yield f"per device, in {unit} of 10^{power} bytes"
@@ -45,6 +46,9 @@ def table(plan: Plan, utilization: float) -> Iterator[str]:
     yield f"needed: {gb(plan.needed_bytes)} = peak {gb(plan.peak_bytes)}" + "".join(
         f" + {name} {gb(count)}" for name, count in plan.allowances.items()
     )
+    if plan.messages:
+        yield ""
+        yield from traffic(plan, unit, power)
     yield ""
     for verdict in plan.verdicts:
         yield sentence(verdict)
@@ -56,6 +60,16 @@ def table(plan: Plan, utilization: float) -> Iterator[str]:
     )
     for remark in plan.remarks:
         yield f"remark: {remark}"
+
+
+def traffic(plan: Plan, unit: str, power: int) -> Iterator[str]:
+    """What one device sends in an update, kind by kind: payload, how often, and the bytes on the wire."""
+    yield f"sent by a device in an update, in {unit}, by the formulas of rings: payload, times an update, on the wire:"
+    for message in plan.messages:
+        label = f"{message.what}, {message.collective.replace('_', '-')}"
+        sent = message.sent_bytes(plan.devices) / 10**power
+        yield f"  {label:<62}{message.payload_bytes / 10**power:>10.3f}{message.times:>9.4g}{sent:>10.3f}"
+    yield f"  {'together':<62}{'':>19}{sent_bytes(plan.messages, plan.devices) / 10**power:>10.3f}"
 
 
 def sentence(verdict: Verdict) -> str:

@@ -94,6 +94,7 @@ class StorageWatch(TorchDispatchMode):
         self.seen = Watched()
         self.bytes_now = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._sizes: dict[int, int] = {}  # of those alive, in bytes
         self._truths: dict[int, bool] = {}  # of truth values alive, by storage
         self._names: dict[int, str] = {}  # of parameters, by storage
         self.begin("")
@@ -106,6 +107,12 @@ class StorageWatch(TorchDispatchMode):
         """What follows belongs to this phase."""
         self._visits: dict[str, int] = {}
         self._begin(Segment(phase, "", 0))
+
+    def cut(self, tensor: Tensor, size_bytes: int) -> None:
+        """From now on a tensor counts as so many bytes: the part that one of several devices keeps of it."""
+        self._count(tensor)
+        self.bytes_now += size_bytes - self._sizes[_key(tensor)]
+        self._sizes[_key(tensor)] = size_bytes
 
     def mark(self, moment: str) -> None:
         """Note the bytes that are alive now."""
@@ -146,15 +153,15 @@ class StorageWatch(TorchDispatchMode):
         storage, key = tensor.untyped_storage(), _key(tensor)
         if key in self._alive:
             return
-        size = storage.nbytes()
+        self._sizes[key] = storage.nbytes()
 
         def gone(_: object) -> None:
             del self._alive[key]
             self._truths.pop(key, None)
-            self.bytes_now -= size
+            self.bytes_now -= self._sizes.pop(key)
 
         self._alive[key] = weakref.ref(storage, gone)
-        self.bytes_now += size
+        self.bytes_now += self._sizes[key]
         self._extent.peak = max(self._extent.peak, self.bytes_now)
 
     def _follow(self, inputs: Iterable[Tensor]) -> None:

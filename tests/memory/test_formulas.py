@@ -131,7 +131,7 @@ def counted(strategy: str, size: str, rank_key: str | None = None) -> int:
     """Persistent bytes without buffers, which are rotary frequencies."""
     ranked = [] if rank_key is None else [f"{rank_key}={SIZES[size][3]}"]
     words = [f"strategy={strategy}", f"model={size}", "precision=bf16", "recipe=null", "task=plan", *ranked]
-    kept = kept_bytes(compose(words), VOCABULARY)[1]
+    kept = kept_bytes(compose(words), VOCABULARY)
     return sum(count for kind, count in kept.items() if kind != "buffers")
 
 
