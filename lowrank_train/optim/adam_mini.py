@@ -72,6 +72,11 @@ class AdamMini(Transform):
             return (heads, 1, 1)
         return (shape[0],) + (1,) * (len(shape) - 1)
 
+    def row_wise(self, param: Tensor, slot: Slot) -> bool:
+        """Where no block reaches over several rows."""
+        blocks = self._blocks(param.shape, slot)
+        return len(blocks) == param.ndim and blocks[0] == param.shape[0]
+
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
     ) -> Direction:

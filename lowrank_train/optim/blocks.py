@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_train.config.seeding import seed_from_name
 from lowrank_train.optim.direction import Dense, Direction
-from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter
+from lowrank_train.optim.transform import Move, Rates, Slot, State, Transform, counter
 
 Order = Literal["random", "uniform", "ascending", "descending", "mirror"]
 
@@ -184,6 +184,9 @@ class Blocks(Transform):
     def misfit(self, shape: torch.Size) -> str | None:
         return self.rule.misfit(shape)
 
+    def row_wise(self, param: Tensor, slot: Slot) -> bool:
+        return self.rule.row_wise(param, slot)
+
     def wants_gradient(self, state: State) -> bool:
         return bool(state["active"]) or self.schedule.inactive != "none"
 
@@ -214,8 +217,17 @@ class Blocks(Transform):
     def refresh_counts(self, state: State) -> tuple[int, int]:
         return self.rule.refresh_counts(state) if state["active"] else (0, 0)
 
-    def compress(self, grad: Tensor, state: State) -> Tensor:
-        return self.rule.compress(grad, state) if state["active"] else grad
+    def moves_alone(self, state: State) -> bool:
+        return bool(state["active"]) and self.rule.moves_alone(state)
+
+    def moved_keys(self, state: State) -> list[str]:
+        return self.rule.moved_keys(state)
+
+    def find(self, grad: Tensor, state: State, grad_factor: float = 1.0) -> Move:
+        return self.rule.find(grad, state, grad_factor)
+
+    def compress(self, grad: Tensor, state: State, move: Move | None = None) -> Tensor:
+        return self.rule.compress(grad, state, move) if state["active"] else grad
 
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None

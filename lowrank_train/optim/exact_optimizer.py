@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.ranks import Ranks
 from lowrank_train.optim.rounded_weights import KEYS, RoundedWeights
-from lowrank_train.optim.transform import State
+from lowrank_train.optim.transform import State, Transform
 
 
 class ExactOptimizer(torch.optim.Optimizer):
@@ -20,14 +21,21 @@ class ExactOptimizer(torch.optim.Optimizer):
     """
 
     rounded_weights: RoundedWeights
+    ranks: Ranks
+    transform_of: dict[Tensor, Transform]
 
     def state_of(self, param: Tensor) -> State:
         """All that is kept for a parameter now: the state of its rule, and what rounding left over of its weights."""
+        if not self.ranks.is_kept(param):
+            return {}
         return self.state.get(param, {}) | self.rounded_weights.existing(param)
 
     def state_dict(self) -> dict[str, Any]:
         packed = super().state_dict()
-        states = {number: self.state_of(param) for number, param in enumerate(self._parameters())}
+        states = {
+            number: self.ranks.as_saved(param, self.transform_of[param], self.state_of(param))
+            for number, param in enumerate(self._parameters())
+        }
         return packed | {"state": {number: state for number, state in states.items() if state}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -38,7 +46,8 @@ class ExactOptimizer(torch.optim.Optimizer):
         saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict | {"state": {}})
         for param, state in zip(self._parameters(), saved, strict=True):
-            own = {key: _copied(value, param.device) for key, value in state.items()}
+            kept = self.ranks.from_saved(param, self.transform_of[param], state)
+            own = {key: _copied(value, param.device) for key, value in kept.items()}
             self.rounded_weights.restore(param, own)
             rule = {key: value for key, value in own.items() if key not in KEYS}
             if rule:

@@ -15,7 +15,7 @@ from lowrank_train.optim.feedback import ErrorFeedback
 from lowrank_train.optim.fused import FusedStep
 from lowrank_train.optim.lift import Lift
 from lowrank_train.optim.subspace.base import Subspace
-from lowrank_train.optim.transform import Rates, Slot, State, Transform, counter
+from lowrank_train.optim.transform import Move, Rates, Slot, State, Transform, counter, tensor_of
 
 
 @dataclass
@@ -61,20 +61,49 @@ class InSubspace(Transform):
     def shared_bytes(self, params: Iterable[Tensor]) -> int:
         return self.subspace.shared_bytes(params)
 
+    def row_wise(self, param: Tensor, slot: Slot) -> bool:
+        """Where the columns are compressed, so that the rows of the small gradient are those of the matrix."""
+        parts = self.subspace.row_wise and self.lift.row_wise and self.feedback is None
+        if not parts or self.lift.comes_first:
+            return False
+        like = torch.empty_like(param, device="meta")
+        basis = self.subspace.init(like, slot)
+        if self.subspace.side_of(basis, param.shape) != "right":
+            return False
+        low = torch.empty(self.subspace.low_shape_of(basis, param.shape), dtype=param.dtype, device="meta")
+        return self.inner.row_wise(low, replace(slot, kept_axis=0))
+
     def refresh_due(self, state: State) -> bool:
         return counter(state, "updates_done") >= counter(state, "refresh_at")
 
     def refresh_counts(self, state: State) -> tuple[int, int]:
         return counter(state, "refreshes"), counter(state, "fallbacks")
 
-    def compress(self, grad: Tensor, state: State) -> Tensor:
+    def moves_alone(self, state: State) -> bool:
+        return self.subspace.moves_alone(state)
+
+    def moved_keys(self, state: State) -> list[str]:
+        return self.subspace.moved_keys(state)
+
+    def find(self, grad: Tensor, state: State, grad_factor: float = 1.0) -> Move:
+        if self.feedback is not None:
+            grad = self.feedback.add(grad * grad_factor, state)
+        names = self.moved_keys(state)
+        trial = dict(state)
+        for name in names:
+            value = trial[name]
+            trial[name] = value.clone() if isinstance(value, Tensor) else value
+        moved = self.subspace.refresh(grad, trial)
+        return Move(moved, {name: trial[name] for name in names})
+
+    def compress(self, grad: Tensor, state: State, move: Move | None = None) -> Tensor:
         error = None
         if self.feedback is not None:
             grad = self.feedback.add(grad, state)
             error = self.feedback.before_move(grad, state, self.subspace)
         due = self.refresh_due(state)
         if due:
-            self._refresh(grad, state)
+            self._refresh(grad, state, move)
         low = self.subspace.down(grad, state)
         if due:
             self.subspace.observe(grad, low, state)
@@ -129,10 +158,10 @@ class InSubspace(Transform):
     def settle(self, state: State, rates: Rates) -> None:
         self.subspace.settle(state, rates)
 
-    def _refresh(self, grad: Tensor, state: State) -> None:
+    def _refresh(self, grad: Tensor, state: State, move: Move | None) -> None:
         started = counter(state, "refreshes") > 0
         before = self.subspace.snapshot(state) if self.on_refresh == "rotate" and started else None
-        moved = self.subspace.refresh(grad, state)
+        moved = self.subspace.refresh(grad, state) if move is None else _taken(move, state)
         self.subspace.schedule_next(state, counter(state, "updates_done"), moved)
         if moved and before is not None:
             self.inner.rotate(state, self.subspace.change(before, state))
@@ -156,3 +185,13 @@ class InSubspace(Transform):
         inside = replace(slot, kept_axis=kept[self.subspace.side_of(basis, full.shape)])
         shape = self.subspace.low_shape_of(basis, full.shape)
         return self.inner.init(torch.empty(shape, dtype=full.dtype, device=full.device), inside)
+
+
+def _taken(move: Move, state: State) -> bool:
+    """The basis goes where it was found to; whether that is somewhere else."""
+    for name, value in move.entries.items():
+        if isinstance(value, Tensor):
+            tensor_of(state, name).copy_(value)
+        else:
+            state[name] = value
+    return move.moved

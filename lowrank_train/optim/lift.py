@@ -26,6 +26,7 @@ class Lift(ABC):
     needs_projection: bool = False  # takes G - up(down(G)) for what was left out, so up(down(.)) must be a projection
     needs_lines: bool = False  # scales line by line, so one side must stay uncompressed
     takes_sign: bool = False  # of the whole matrix, so the inner rule need not
+    row_wise: bool = False  # treats rows apart, where the subspace compresses the columns
     comes_first: bool = False  # before the inner rule, which then works on whole matrices
 
     def init(self, param: Tensor, slot: Slot) -> State:
@@ -51,6 +52,8 @@ class Backproject(Lift):
 
     scale: float = 0.25
 
+    row_wise = True
+
     def lift(
         self,
         low_update: Direction,
@@ -74,6 +77,8 @@ class StateFreeResidual(Lift):
     scale: float = 1.0  # FRUGAL's proj_params_lr_scale
     residual: Literal["sign", "sgd"] = "sign"
     residual_scale: float = 1.0  # FRUGAL's inactive_lr_scale
+
+    row_wise = True
 
     def __post_init__(self) -> None:
         self.needs_gradient = self.needs_projection = True
@@ -228,6 +233,8 @@ def limiter(state: State, norm: Tensor) -> Tensor:
 @dataclass
 class SignOfBackprojection(Lift):
     """sign(up(u)): the lift of Online Subspace Descent's Lion, which takes the sign of the full matrix."""
+
+    row_wise = True
 
     def __post_init__(self) -> None:
         self.takes_sign = True

@@ -26,6 +26,7 @@ class Elementwise(Transform):
     """A rule whose state tensors are moments that hold one number for each of the parameter's."""
 
     maskable = True
+    elementwise = True
 
     def mask(self, state: State, keep: Callable[[str, Tensor], Tensor]) -> None:
         for key, value in state.items():

@@ -25,6 +25,8 @@ class NaturalAdam(Adam):
     history: int = 20
     damping: float = 1e-3
 
+    elementwise = False  # the Fisher matrix is one for all numbers
+
     def init(self, param: Tensor, slot: Slot) -> State:
         past = torch.zeros(self.history, param.numel(), dtype=slot.dtype, device=param.device)
         gram = torch.zeros(self.history, self.history, dtype=torch.float64, device=param.device)

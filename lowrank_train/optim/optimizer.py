@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.optim.activity import Activity, wake
 from lowrank_train.optim.exact_optimizer import ExactOptimizer, bytes_by_kind
 from lowrank_train.optim.groups import Group, listed
+from lowrank_train.optim.hooks import BackwardHooks
+from lowrank_train.optim.ranks import Ranks, ranks_for
 from lowrank_train.optim.refusals import When, refuse_impossible
 from lowrank_train.optim.rounded_weights import RoundedWeights
 from lowrank_train.optim.together import step_small
@@ -60,12 +61,12 @@ class TransformOptimizer(ExactOptimizer):
         self.slots: dict[Tensor, Slot] = {}
         self.transform_of: dict[Tensor, Transform] = {}
         self.rounded_weights = RoundedWeights(rounding, count_lost_updates)
-        self._armed = False
+        self.ranks = Ranks()  # until the processes of a run have found each other
+        self._hooks = BackwardHooks(self)
         self._pending: dict[Tensor, Tensor] = {}  # compressed gradients of this window
         self._remarked: set[str] = set()
         self._current = UpdateStats()
         self.stats: dict[str, Any] = UpdateStats().as_dict()
-        self._hooked = WeakTensorKeyDictionary()  # of parameters: those that are gone must not live on here
         groups = list(groups)
         self._take_in(groups)
         refuse_impossible(
@@ -84,6 +85,8 @@ class TransformOptimizer(ExactOptimizer):
     def regroup(self, groups: Iterable[Group]) -> None:
         """Serve these parameters from now on. State of those that stay is kept, of those that are gone it is freed."""
         groups = list(groups)
+        self.ranks = ranks_for(groups, self.ranks, self.when, self.rounded_weights.rounding)
+        groups = self.ranks.take_in(groups)
         self.transforms, self.slots, self.transform_of = [], {}, {}
         self._take_in(groups)
         first = self.param_groups[0]
@@ -105,38 +108,46 @@ class TransformOptimizer(ExactOptimizer):
 
     def forget(self, param: Tensor) -> None:
         """Drop the state of a parameter: its next update is its first."""
-        self.state.pop(param, None)
-        self.rounded_weights.renew(param)
+        tensor = self.ranks.served(param)
+        self.state.pop(tensor, None)
+        self.rounded_weights.renew(tensor)
 
     def mask(self, param: Tensor, keep: Callable[[str, Tensor], Tensor]) -> None:
         """Multiply each moment of a parameter with keep(its name, itself); its step count goes on."""
-        if param in self.state:
-            self.transform_of[param].mask(self.state[param], keep)
+        tensor = self.ranks.served(param)
+        if tensor in self.state:
+            rule, state = self.transform_of[tensor], self.state[tensor]
+            rule.mask(state, self.ranks.masking(tensor, rule, state, keep))
 
     def lr(self, param: Tensor) -> float:
         """The learning rate that stands for a parameter now."""
-        return float(self._group_of(param)["lr"])
+        return float(self._group_of(self.ranks.served(param))["lr"])
+
+    @property
+    def parameters(self) -> set[Tensor]:
+        """The parameters of the model that are in service."""
+        return {self.ranks.parameter(tensor) for tensor in self.slots}
 
     def _take_in(self, groups: list[Group]) -> None:
         """Note the rule and the slot of each parameter; ValueError where the two do not fit."""
         for group in groups:
             self.transforms.append(group.transform)
             for (_, param), slot in zip(group.params, group.slots, strict=True):
-                fault = group.transform.misfit(param.shape)
+                shape = self.ranks.like(param).shape
+                fault = group.transform.misfit(shape)
                 if fault is not None:
-                    raise ValueError(f"{slot.name} of shape {tuple(param.shape)}: {fault}")
+                    raise ValueError(f"{slot.name} of shape {tuple(shape)}: {fault}")
                 self.slots[param] = slot
                 self.transform_of[param] = group.transform
 
     def _begin_service(self) -> None:
-        if self.when != "after_backward":
-            self._register_hooks()
-        self._activity = Activity(self.transform_of, self.slots)
+        self._hooks.register()
+        self._activity = Activity(self.transform_of, self.slots, self.ranks)
         self._activity.follow(self.state)
 
     def initialize(self) -> None:
         """Create all state now instead of at the first update; on meta parameters it is only counted."""
-        for param in self.slots:
+        for param in filter(self.ranks.is_kept, self.slots):
             self._state(param)
             self.rounded_weights.state(param)
 
@@ -144,7 +155,7 @@ class TransformOptimizer(ExactOptimizer):
         """Bytes of the state tensors that exist, by kind, and of what several tensors share."""
         bytes_of = bytes_by_kind(self.state_of(param) for param in self.slots)
         pairs = zip(self.transforms, self.param_groups, strict=True)
-        shared = sum(transform.shared_bytes(group["params"]) for transform, group in pairs)
+        shared = sum(transform.shared_bytes(map(self.ranks.like, group["params"])) for transform, group in pairs)
         return bytes_of | ({"shared": shared} if shared else {})
 
     @torch.compiler.disable  # bases, counters and codes change: as a graph it would be compiled at every step
@@ -152,47 +163,52 @@ class TransformOptimizer(ExactOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
-            self._armed = self.when == "in_backward"
+            self._hooks.armed = self.when == "in_backward"
             try:
                 with torch.enable_grad():
                     loss = closure()
             finally:
-                self._armed = False
+                self._hooks.armed = False
         self._take_step()
+        self.ranks.finish(self)
         self.stats = self._current.as_dict()
         self._current = UpdateStats()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
+        self.ranks.free_gradients()
         self._pending.clear()
 
     def _take_step(self) -> None:
         """Everything that no hook has consumed, in the order of the groups."""
+        self.ranks.make_common(self)
         self._measure_gradients()
         clips = None if self.grad_clip is None else self.clip_norm_of
-        factor = self._clip_factor(self._current.norms) if clips == "full" else 1.0
+        factor = self._clip_factor(total_norm(self._current.norms)) if clips == "full" else 1.0
         if clips == "projected":
-            for param, _ in self._ready():
+            for param, _ in self.ranks.in_rounds(self, self._ready(), updating=False):
                 self._compress(param)
-            factor = self._clip_factor(self._current.low_norms)
-        for param, group in step_small(self, self._ready(), factor):
+            factor = self._clip_factor(self.ranks.total_low_norm(self))
+        for param, group in self.ranks.in_rounds(self, step_small(self, self._ready(), factor), factor):
             self._update(param, group, factor)
         self._pending.clear()
         self._activity.advance(self._state)
         self._activity.follow(self.state)
 
+    def _awake(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        asleep = self._activity.asleep
+        return ((param, group) for group in self.param_groups for param in group["params"] if param not in asleep)
+
     def _ready(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters with a whole or a compressed gradient."""
-        asleep = self._activity.asleep
-        pairs = ((param, group) for group in self.param_groups for param in group["params"] if param not in asleep)
-        return [(param, group) for param, group in pairs if param.grad is not None or param in self._pending]
+        return [item for item in self._awake() if item[0].grad is not None or item[0] in self._pending]
 
     def _measure_gradients(self) -> None:
         """Norms of the gradients at hand; those that are not finite are dropped. One synchronisation for all."""
         unmeasured = [param for param, _ in self._ready() if self.slots[param].name not in self._current.norms]
         if unmeasured:
-            norms = [norm(self._pending[param] if param.grad is None else param.grad) for param in unmeasured]
+            norms = self.ranks.norms(self, unmeasured)
             for param, value, number in zip(unmeasured, norms, torch.stack(norms).tolist(), strict=True):
                 self._record(param, value, math.isfinite(number))
         for param, _ in self._ready():
@@ -207,16 +223,19 @@ class TransformOptimizer(ExactOptimizer):
         else:
             self._current.skipped[name] = None
             param.grad = None
+            self._pending.pop(param, None)
 
-    def _clip_factor(self, norms: dict[str, Tensor]) -> float:
+    def _clip_factor(self, total: float) -> float:
         """As torch.nn.utils.clip_grad_norm_: at most 1, with its 1e-6 against division by zero."""
         assert self.grad_clip is not None
-        return min(1.0, self.grad_clip / (total_norm(norms) + 1e-6))
+        return min(1.0, self.grad_clip / (total + 1e-6))
 
     def _state(self, param: Tensor) -> State:
         state: State = self.state[param]
         if not state:
-            state.update(self.transform_of[param].init(param, self.slots[param]))
+            rule = self.transform_of[param]
+            state.update(rule.init(self.ranks.like(param), self.slots[param]))
+            self.ranks.keep_own(param, rule, state)
         return state
 
     def _compress(self, param: Tensor) -> Tensor:
@@ -228,7 +247,8 @@ class TransformOptimizer(ExactOptimizer):
         elif param.grad is None or (transform.needs_gradient and param in self._pending):
             low = self._pending[param]
         else:
-            low = self._current.compressed(transform, param.grad, state, slot.name, self._remarked)
+            move = self.ranks.moves.pop(param, None)
+            low = self._current.compressed(transform, param.grad, state, slot.name, self._remarked, move)
             if param in self._pending:
                 low = self._pending[param].add_(low)
             self._pending[param] = low
@@ -262,37 +282,12 @@ class TransformOptimizer(ExactOptimizer):
         if transform.needs_gradient or low_norm is not None:
             param.grad = None  # it served as workspace
 
-    def _register_hooks(self) -> None:
-        def update_now(param: Tensor) -> None:
-            if self._armed and param in self.slots:
-                self._measure_one(param)
-                if param.grad is not None:
-                    self._update(param, self._group_of(param), 1.0)
-                    param.grad = None
-                    self._pending.pop(param, None)
-
-        def compress_now(param: Tensor) -> None:
-            held = self.hold_window and self.transform_of[param].refresh_due(self._state(param))
-            if held:  # this window's whole gradient decides the new basis
-                return
-            if self.micro_batches > 1:
-                self._current.norm_known = False
-            self._measure_one(param)
-            if param.grad is not None:
-                self._compress(param)
-
-        for param, transform in self.transform_of.items():
-            hook = update_now if self.when == "in_backward" else compress_now if transform.compresses else None
-            if hook is not None and param not in self._hooked:
-                self._hooked[param] = True
-                param.register_post_accumulate_grad_hook(torch.no_grad()(hook))
-
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(member is param for member in group["params"]))
 
     def _measure_one(self, param: Tensor) -> None:
-        assert param.grad is not None
-        value = norm(param.grad)
+        """The norm of what a hook has at hand; dropped if it is not finite."""
+        (value,) = self.ranks.norms(self, [param])
         self._record(param, value, math.isfinite(value.item()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

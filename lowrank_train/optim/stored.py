@@ -108,6 +108,12 @@ class Stored(Transform):
     def misfit(self, shape: torch.Size) -> str | None:
         return self.inner.misfit(shape)
 
+    def row_wise(self, param: Tensor, slot: Slot) -> bool:
+        """Where nothing is stored narrow: the blocks that share a scale do not end with the rows."""
+        state = self.inner.init(torch.empty_like(param, device="meta"), slot)
+        stored = any(self.storage.format_of(key, value) != "fp32" for key, value in state.items())
+        return not stored and self.inner.row_wise(param, slot)
+
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None
     ) -> Direction:

@@ -31,7 +31,8 @@ def step_small(optimizer: TransformOptimizer, ready: Ready, grad_factor: float) 
     for param, group in ready:
         rule = optimizer.transform_of[param]
         narrow = param.dtype is torch.bfloat16 and rounded
-        if type(rule) is Adam and type(param) in (Tensor, nn.Parameter) and param.numel() <= SMALL and not narrow:
+        plain = optimizer.ranks.is_here(param) and type(param) in (Tensor, nn.Parameter)
+        if type(rule) is Adam and plain and param.numel() <= SMALL and not narrow:
             state = optimizer._state(param)
             assert param.grad is not None, "what is not compressed is a gradient"
             if fits_fused(param, param.grad, tensor_of(state, "exp_avg"), tensor_of(state, "exp_avg_sq")):

@@ -45,6 +45,14 @@ class Rates:
     base_lr: float
 
 
+@dataclass(frozen=True)
+class Move:
+    """What a move of a basis has come to: whether it moved, and the entries of the state that say where to."""
+
+    moved: bool
+    entries: State
+
+
 class Transform(ABC):
     """An update rule in two phases, so that a gradient can be freed before the step is taken.
 
@@ -60,6 +68,7 @@ class Transform(ABC):
     reads_weights: bool = False  # update() looks at each weight, of which a subspace has no small copy
     needs_lines: bool = False  # goes by the lines that a subspace leaves uncompressed, so one side must stay so
     maskable: bool = False  # keeps one number for each of the parameter's, so that some can be made zero: see `mask`
+    elementwise: bool = False  # treats each number by itself, so that any flat piece of tensors will do
     clocked: bool = False  # what a tensor does changes with time: `advance` and `complete` after every update
 
     @abstractmethod
@@ -74,6 +83,14 @@ class Transform(ABC):
         """Bytes that serve all these parameters together and are the state of none."""
         return 0
 
+    def row_wise(self, param: Tensor, slot: Slot) -> bool:
+        """Whether an update of some rows needs nothing of the others, while the basis rests.
+
+        Then rows that lie on different devices are served apart: every state tensor as long as the parameter has one
+        line for each of its rows, and all others do not depend on them. Must run on the meta device.
+        """
+        return self.elementwise
+
     def refresh_due(self, state: State) -> bool:
         """Whether the next compress() will move the basis."""
         return False
@@ -82,8 +99,23 @@ class Transform(ABC):
         """How often the basis has moved, and how often only by a fallback of the decomposition."""
         return 0, 0
 
-    def compress(self, grad: Tensor, state: State) -> Tensor:
-        """The part of the gradient that `update` works on."""
+    def moves_alone(self, state: State) -> bool:
+        """Whether the move that is due is work worth dividing: one process does it by `find` and tells the others."""
+        return False
+
+    def moved_keys(self, state: State) -> list[str]:
+        """The entries of the state that a move changes."""
+        return []
+
+    def find(self, grad: Tensor, state: State, grad_factor: float = 1.0) -> Move:
+        """The move that is due, given the whole gradient. Nothing is changed: compress() takes it in.
+
+        grad_factor: of clipping, for a rule that adds what earlier gradients left to this one.
+        """
+        raise AssertionError("no basis")
+
+    def compress(self, grad: Tensor, state: State, move: Move | None = None) -> Tensor:
+        """The part of the gradient that `update` works on. `move`: where the basis goes, if that is found already."""
         return grad
 
     @abstractmethod

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.transform import State, Transform
+from lowrank_train.optim.transform import Move, State, Transform
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +32,22 @@ class UpdateStats:
     lost: list[Tensor] = field(default_factory=list)  # weights whose update rounding lost, by parameter, where counted
     counted_weights: int = 0  # of these parameters
 
-    def compressed(self, transform: Transform, grad: Tensor, state: State, name: str, remarked: set[str]) -> Tensor:
+    def compressed(
+        self,
+        transform: Transform,
+        grad: Tensor,
+        state: State,
+        name: str,
+        remarked: set[str],
+        move: Move | None = None,
+    ) -> Tensor:
         """transform.compress; where the basis is due to move it is timed, counted, and told if something was out of
         order, unless the name is among the `remarked`, which it joins."""
         if not transform.refresh_due(state):
             return transform.compress(grad, state)
         moves, fallbacks = transform.refresh_counts(state)
         started_sec = synchronized_sec(grad.device)
-        low = transform.compress(grad, state)
+        low = transform.compress(grad, state, move)
         self.refresh_sec += synchronized_sec(grad.device) - started_sec
         new_moves, new_fallbacks = transform.refresh_counts(state)
         moved, fell_back = new_moves > moves, new_fallbacks > fallbacks
@@ -50,6 +59,16 @@ class UpdateStats:
             remarked.add(name)
             logger.warning(remark)
         return low
+
+    def moves(self) -> tuple[int, int, int]:
+        """Bases that moved, bases that stayed, and fallbacks, so far."""
+        return self.refreshes, self.kept_bases, self.fallbacks
+
+    def count_moves(self, more: Sequence[int]) -> None:
+        """Those of `moves` that happened elsewhere."""
+        self.refreshes, self.kept_bases, self.fallbacks = (
+            here + there for here, there in zip(self.moves(), more, strict=True)
+        )
 
     def count_lost(self, lost: Tensor | None, param: Tensor) -> None:
         """How many of a parameter's weights have lost their update to rounding; None: not counted."""

@@ -76,6 +76,8 @@ class WeightNorm(Lift):
     eps: float = 1e-6
     correct_bias: bool = True
 
+    row_wise = True
+
     def __post_init__(self) -> None:
         self.needs_gradient = True
         self._lengths = Adam(self.betas, self.eps, eps_inside=False, correct_bias=self.correct_bias)
@@ -111,6 +113,10 @@ class WeightNormAdam(Transform):
 
     def init(self, param: Tensor, slot: Slot) -> State:
         return self._rule.init(param, slot) | initial(self._rule, param, slot)
+
+    def row_wise(self, param: Tensor, slot: Slot) -> bool:
+        """A vector is one row, however many numbers it has."""
+        return param.ndim > 1
 
     def update(
         self, compressed: Tensor, state: State, param: Tensor, rates: Rates, grad: Tensor | None = None

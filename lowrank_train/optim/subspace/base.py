@@ -59,6 +59,9 @@ class Subspace(ABC):
 
     orthonormal: ClassVar[bool] = True  # up(down(G)) is a projection of G
     needs_state: ClassVar[frozenset[str]] = frozenset()  # what a move reads of the inner rule's state
+    moved: ClassVar[tuple[str, ...]] = ()  # how the names of the entries begin that say where the basis is
+    by_seed: ClassVar[bool] = False  # a move is a draw by the seed, the same wherever it is made
+    row_wise: ClassVar[bool] = True  # on the right side rows are projected apart, and only a move sees them all
 
     def __post_init__(self) -> None:
         for name in ("rank", "every"):
@@ -159,6 +162,19 @@ class Subspace(ABC):
         if moved:
             self.lazy.remember(self._overlap(before, state, grad), state)
         return moved
+
+    @property
+    def always_moves(self) -> bool:
+        """Whether every update has a basis of its own."""
+        return self.every == 1
+
+    def moves_alone(self, state: State) -> bool:
+        """Whether a move is work worth dividing among processes: not at every update, nor where it is a draw."""
+        return not self.by_seed and (not self.always_moves or counter(state, "refreshes") == 0)
+
+    def moved_keys(self, state: State) -> list[str]:
+        """The entries of the state that `refresh` changes."""
+        return [name for name in state if name.startswith((*self.moved, "fallbacks", "overlap_"))]
 
     def _overlap(self, before: Tensor, state: State, grad: Tensor) -> float:
         """How little the basis has turned, by what `change` makes of the unit: B_new^T B_old or its transpose."""

@@ -25,6 +25,8 @@ class Coordinates(Subspace):
     of: Literal["columns", "rows", "entries"] = "columns"
     choose: Literal["random", "top"] = "random"
 
+    moved: ClassVar[tuple[str, ...]] = ("indices", "line_weights")
+
     def low_shape(self, shape: Size) -> tuple[int, ...]:
         count = self.rank_for(shape)
         return {"rows": (count, shape[1]), "columns": (shape[0], count), "entries": (count,)}[self.of]

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
-from lowrank_train.optim.subspace.base import Side, gaussian
+from lowrank_train.optim.subspace.base import gaussian
 from lowrank_train.optim.subspace.coordinates import seeded
 from lowrank_train.optim.subspace.dense import DenseBasis
 from lowrank_train.optim.subspace.randomized import orthonormalize
@@ -62,19 +62,6 @@ class CrossHead(DenseBasis):
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 return axis
         return None
-
-    def low_shape_of(self, state: State, shape: Size) -> tuple[int, ...]:
-        if not state["heads"]:
-            return self.low_shape(shape)
-        return replace(self, side="left" if self._left(state) else "right").low_shape(shape)
-
-    def side_of(self, state: State, shape: Size) -> Side:
-        if not state["heads"]:
-            return super().side_of(state, shape)
-        return "left" if self._left(state) else "right"
-
-    def _left(self, state: State) -> bool:
-        return self._keys(state) == ["basis_left"]
 
     def find(self, matrix: Tensor, state: State) -> dict[str, Tensor]:
         operands = {"basis_left": matrix.T, "basis_right": matrix}  # heads are blocks of rows

@@ -6,13 +6,13 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Size, Tensor
 
 from lowrank_train.optim.direction import Direction, Product, wide, wide_dtype
-from lowrank_train.optim.subspace.base import Subspace, require_one_side, resolve_side
+from lowrank_train.optim.subspace.base import Side, Subspace, require_one_side, resolve_side
 from lowrank_train.optim.subspace.coordinates import match_indices
 from lowrank_train.optim.transform import Change, Slot, State, counter, tensor_of
 
@@ -53,6 +53,8 @@ class Dct(Subspace):
     first_then_multiples: bool = False  # moves at update 1 and at multiples of `every`, as published
     order: Literal["index", "topk"] = "index"
 
+    moved: ClassVar[tuple[str, ...]] = ("indices",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_side(self)
@@ -73,9 +75,8 @@ class Dct(Subspace):
             state["refresh_at"] = (updates_done + 1) // self.every * self.every + self.every - 1
 
     def move(self, grad: Tensor, state: State) -> bool:
-        right = resolve_side(self.side, grad.shape) == "right"
-        matrix = wide(grad) if right else wide(grad).T
-        whole = self._basis_of(grad.shape, matrix)
+        matrix = wide(grad) if state["right"] else wide(grad).T
+        whole = self._basis_of(state, matrix)
         scores = torch.linalg.vector_norm(matrix @ whole, ord=abs(self.norm), dim=0)
         if self.norm < 0:
             scores = scores * torch.linalg.vector_norm(whole, ord=-self.norm, dim=0)
@@ -89,16 +90,24 @@ class Dct(Subspace):
         tensor_of(state, "indices").copy_(given.flatten())
 
     def down(self, full: Tensor, state: State) -> Tensor:
-        columns = self._columns(full.shape, state, full)
-        return full.mm(columns) if resolve_side(self.side, full.shape) == "right" else columns.T.mm(full)
+        columns = self._columns(state, full)
+        return full.mm(columns) if state["right"] else columns.T.mm(full)
 
     def up(self, low: Tensor, state: State, shape: Size) -> Direction:
-        columns = self._columns(shape, state, low)
-        return Product(low, columns.T) if resolve_side(self.side, shape) == "right" else Product(columns, low)
+        columns = self._columns(state, low)
+        return Product(low, columns.T) if state["right"] else Product(columns, low)
 
     def subtract_(self, full: Tensor, low: Tensor, state: State, by: float = 1.0) -> Tensor:
         self.up(low, state, full.shape).add_to_(full, -by)
         return full
+
+    def low_shape_of(self, state: State, shape: Size) -> tuple[int, ...]:
+        """By what the state says, also of some rows of a matrix, whose shape would have another side."""
+        rank = len(tensor_of(state, "indices"))
+        return (shape[0], rank) if state["right"] else (rank, shape[1])
+
+    def side_of(self, state: State, shape: Size) -> Side:
+        return "right" if state["right"] else "left"
 
     def snapshot(self, state: State) -> Tensor:
         return tensor_of(state, "indices").clone()
@@ -120,12 +129,12 @@ class Dct(Subspace):
 
         return apply
 
-    def _columns(self, shape: Size, state: State, like: Tensor) -> Tensor:
-        return self._basis_of(shape, like).index_select(1, tensor_of(state, "indices")).to(like.dtype)
+    def _columns(self, state: State, like: Tensor) -> Tensor:
+        return self._basis_of(state, like).index_select(1, tensor_of(state, "indices")).to(like.dtype)
 
-    def _basis_of(self, shape: Size, like: Tensor) -> Tensor:
+    def _basis_of(self, state: State, like: Tensor) -> Tensor:
         """One for all dtypes up to float32: a copy in bfloat16 would be kept beside it."""
-        return cosine_basis(self._dimension(shape), self.basis, wide_dtype(like.dtype), like.device)
+        return cosine_basis(counter(state, "dimension"), self.basis, wide_dtype(like.dtype), like.device)
 
     def _dimension(self, shape: Size) -> int:
         return shape[1] if resolve_side(self.side, shape) == "right" else shape[0]

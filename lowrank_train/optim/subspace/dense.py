@@ -11,7 +11,7 @@ from torch import Size, Tensor
 
 from lowrank_train.kernels.affine import Affine, dequantize_affine, empty_affine, quantize_affine
 from lowrank_train.optim.direction import Direction, Product, wide
-from lowrank_train.optim.subspace.base import Subspace, gaussian, largest_entry, resolve_side
+from lowrank_train.optim.subspace.base import Side, Subspace, gaussian, largest_entry, resolve_side
 from lowrank_train.optim.transform import Change, Slot, State, counter, tensor_of
 
 KEYS = ("basis_left", "basis_right")
@@ -34,6 +34,7 @@ class DenseBasis(Subspace):
     storage: Literal["state", "float32", "bfloat16", "int8", "int4"] = "state"  # state: as all optimizer state
     storage_group: int = 256  # int8, int4: numbers that share a scale
 
+    moved: ClassVar[tuple[str, ...]] = KEYS
     codable: ClassVar[bool] = True  # moves as a whole; small steps would be lost in the rounding
 
     def __post_init__(self) -> None:
@@ -67,6 +68,19 @@ class DenseBasis(Subspace):
             if side in (key.removeprefix("basis_"), "both"):
                 state |= self._empty(key, dimension, rank, slot.dtype, param.device)
         return state
+
+    def low_shape_of(self, state: State, shape: Size) -> tuple[int, ...]:
+        """By the bases, also of some rows of a matrix, whose shape would have another side."""
+        ranks = {
+            key: tensor_of(state, key).shape[1] if key in state else counter(state, f"{key}.rank")
+            for key in self._keys(state)
+        }
+        left, right = (ranks.get(key, length) for key, length in zip(KEYS, shape, strict=True))
+        return left, right
+
+    def side_of(self, state: State, shape: Size) -> Side:
+        sides: dict[tuple[str, ...], Side] = {KEYS[:1]: "left", KEYS[1:]: "right", KEYS: "both"}
+        return sides[tuple(self._keys(state))]
 
     def _empty(self, key: str, dimension: int, rank: int, dtype: torch.dtype, device: torch.device) -> State:
         """A basis of zeros, as it is stored."""

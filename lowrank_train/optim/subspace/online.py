@@ -45,6 +45,7 @@ class Online(Svd):
 
     orthonormal: ClassVar[bool] = False
     codable: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = False  # the basis learns from all rows, after they have been projected
 
     def _init_basis(self, param: Tensor, slot: Slot) -> State:
         state = super()._init_basis(param, slot)
@@ -68,6 +69,10 @@ class Online(Svd):
         elif counter(state, "refreshes") == 0:
             return self.move(grad, state)
         return bool(torch.linalg.vector_norm(grad) != 0)
+
+    @property
+    def always_moves(self) -> bool:
+        return True  # `every` is a rate of learning
 
     def observe(self, grad: Tensor, low: Tensor, state: State) -> None:
         """Take the slope of l in the basis in force, from the second update on."""

@@ -37,6 +37,7 @@ class Power(Svd):
 
     needs_state: ClassVar[frozenset[str]] = frozenset({"exp_avg", "step"})
     codable: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = False  # the momentum of all rows makes the basis
 
     def __post_init__(self) -> None:
         super().__post_init__()

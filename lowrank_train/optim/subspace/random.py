@@ -23,6 +23,7 @@ class Gaussian(DenseBasis):
     """
 
     orthonormal: ClassVar[bool] = False
+    by_seed: ClassVar[bool] = True
 
     def move(self, grad: Tensor, state: State) -> bool:
         for key in self._keys(state):
