@@ -6,10 +6,7 @@ import errno
 import importlib
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from lowrank_train import __version__
 from lowrank_train.config.errors import (
@@ -20,78 +17,8 @@ from lowrank_train.config.errors import (
     RunStopped,
     UserError,
 )
-from lowrank_train.config.paths import group_choices
 from lowrank_train.config.schema import RunConfig
-from lowrank_train.config.suggest import nearest
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A task: the words that call it, the function that does it (imported when called), and what it does."""
-
-    words: str
-    task: str
-    function: str
-    summary: str
-    example: str
-
-
-VERBS = (
-    Verb("train", "train", "lowrank_train.train.run:train", "train a model", "recipe=galore_60m"),
-    Verb(
-        "explain",
-        "explain",
-        "lowrank_train.explain:explain",
-        "what a strategy does with each tensor",
-        "strategy=fira model=llama_60m",
-    ),
-    Verb(
-        "plan",
-        "plan",
-        "lowrank_train.memory.plan:plan",
-        "what a run will hold, whether it fits, how long it takes",
-        "recipe=galore_7b_4090 card=4090",
-    ),
-    Verb("export", "export", "lowrank_train.export:export", "write a Hugging Face folder", "run=runs/NAME out=FOLDER"),
-    Verb(
-        "evaluate",
-        "evaluate",
-        "lowrank_train.evaluate.command:evaluate_command",
-        "perplexity of a run or a Hugging Face folder",
-        "run=runs/NAME data=c4",
-    ),
-    Verb(
-        "generate",
-        "generate",
-        "lowrank_train.evaluate.generate:generate",
-        "sample text",
-        "run=runs/NAME generate.prompt='Once upon a time'",
-    ),
-    Verb(
-        "data prepare",
-        "data_prepare",
-        "lowrank_train.data.prepare:prepare",
-        "tokenize a corpus once, into shards on disk",
-        "data=c4 out=FOLDER",
-    ),
-    Verb(
-        "doctor",
-        "doctor",
-        "lowrank_train.doctor.command:doctor",
-        "what of this machine is ready for training",
-        "format=json",
-    ),
-    Verb(
-        "compare",
-        "compare",
-        "lowrank_train.report.compare:compare",
-        "runs side by side, and beside a paper's table",
-        "runs/* paper=galore_table2",
-    ),
-    Verb("card", "card", "lowrank_train.report.page:card", "make a run's card.html anew", "runs/NAME"),
-)
-
-TAKE_FOLDERS = ("compare", "card")  # verbs whose words without a key are run folders
+from lowrank_train.verbs import TAKE_FOLDERS, VERBS, help_page, split_verb, with_folders, with_task
 
 ENVIRONMENT = {
     # Threads that spin while they wait make a step tens of times slower as soon as anything else runs.
@@ -174,16 +101,22 @@ def _run(argv: list[str]) -> int:
         return show_recipes(rest)
     rest, print_config = _take_config_flag(rest)
     if verb is not None:
-        rest = _with_task(with_folders(rest) if verb in TAKE_FOLDERS else rest, verb)
+        rest = with_task(with_folders(rest) if verb in TAKE_FOLDERS else rest, verb)
     if {"-m", "--multirun"} & set(rest):
         from lowrank_train.config.sweeps import run_apart, sweep
         from lowrank_train.report.compare import compare_sweep
 
-        return sweep([word for word in rest if word not in ("-m", "--multirun")], run_apart, compare_sweep)
+        return sweep([word for word in rest if word not in ("-m", "--multirun")], run_apart, main, compare_sweep)
     if "strategy=all" in rest and "task=plan" in rest and not print_config:
         from lowrank_train.memory.all_strategies import plan_all
 
         return plan_all([word for word in rest if word not in ("strategy=all", "task=plan")])
+    if "task=support" in rest and not print_config:
+        from lowrank_train.support_table import support_all, with_defaults
+
+        rest = with_defaults(rest)
+        if "strategy=all" in rest or not any(word.startswith("strategy=") for word in rest):
+            return support_all([word for word in rest if word not in ("strategy=all", "task=support")])
     from lowrank_train.config import compose, to_yaml
 
     notes: list[str] = []
@@ -193,6 +126,14 @@ def _run(argv: list[str]) -> int:
     if print_config:
         print(to_yaml(config), end="")
         return 0
+    if config.task == "train":
+        from lowrank_train.config.launch import check_launch
+
+        check_launch(config, os.environ)  # now, when the processes have not yet begun to wait for each other
+        from lowrank_train.train.slurm import coming_back
+
+        with coming_back(os.environ):
+            return dispatch(config)
     if config.task == "plan" and config.fit:
         from lowrank_train.memory.fit_table import fit
 
@@ -206,43 +147,6 @@ def dispatch(config: RunConfig) -> int:
     module, _, name = function.partition(":")
     call: Callable[[RunConfig], int] = getattr(importlib.import_module(module), name)
     return call(config)
-
-
-def split_verb(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The verb (None where there is none) and the words that remain; raises UserError for an unknown one."""
-    if not argv or "=" in argv[0] or argv[0][:1] in "-+~":
-        return None, argv
-    names = [verb.words for verb in VERBS]
-    for name in [*names, "recipes", "help"]:
-        length = len(name.split())
-        if " ".join(argv[:length]) == name:
-            return name, argv[length:]
-    known = [*names, "recipes", "help"]
-    close = (
-        nearest(argv[0], known)
-        or nearest(" ".join(argv[:2]), known)
-        or next((name for name in names if name.split()[0] == argv[0]), None)
-    )
-    raise UserError(
-        f"{argv[0]}: there is no such verb.{f' Did you mean {close}?' if close else ''} Verbs: {', '.join(known)}."
-    )
-
-
-def _with_task(words: list[str], verb: str) -> list[str]:
-    task = next(item.task for item in VERBS if item.words == verb)
-    others = [word for word in words if word.lstrip("+").startswith("task=") and word.partition("=")[2] != task]
-    if others:
-        raise UserError(f"{others[0]}: the verb {verb} says task={task}; leave out one of the two.")
-    return [*words, f"task={task}"]
-
-
-def with_folders(words: list[str]) -> list[str]:
-    """Words that are folders, or no KEY=VALUE, gathered into runs=[...]; names of swept runs hold `=` and commas."""
-    folders = [word for word in words if word[:1] not in "-+~" and ("=" not in word or Path(word).exists())]
-    if not folders:
-        return words
-    quoted = ["'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in folders]
-    return [*(word for word in words if word not in folders), f"runs=[{','.join(quoted)}]"]
 
 
 def _take_config_flag(words: list[str]) -> tuple[list[str], bool]:
@@ -260,39 +164,3 @@ def _take_config_flag(words: list[str]) -> tuple[list[str], bool]:
         if value not in ("", "job"):
             raise UserError(f"--cfg {value}: write --cfg job.")
     return rest, wanted
-
-
-def help_page() -> str:
-    """Verbs, groups with their choices, examples."""
-    width = max(len(verb.words) for verb in VERBS) + 2
-    verbs = [f"  {verb.words:<{width}}{verb.summary}: lowrank {verb.words} {verb.example}" for verb in VERBS]
-    verbs.append(f"  {'recipes':<{width}}list the recipes; with a name, print one")
-    verbs.append(f"  {'help':<{width}}this page")
-    indent = " " * (width + 8)
-    groups = [
-        textwrap.fill(", ".join(choices), 118, initial_indent=f"  {group:<{width + 6}}", subsequent_indent=indent)
-        for group, choices in group_choices().items()
-        if group != "recipe"
-    ]
-    return "\n".join(
-        [
-            "lowrank VERB KEY=VALUE ...        (python train.py KEY=VALUE ... trains)",
-            "",
-            "Verbs",
-            *verbs,
-            "",
-            "Groups: GROUP=CHOICE",
-            f"  {'recipe':<{width + 6}}a whole run: see `lowrank recipes`",
-            *groups,
-            "",
-            "Keys: KEY=VALUE. A recipe beats the groups, and the command line beats the recipe.",
-            "  python train.py --cfg job                                    every key with its value, as YAML",
-            "  python train.py recipe=galore_60m trainer.batch_size=64      another value",
-            "  python train.py strategy=fira                                another method on the same recipe",
-            "  python train.py strategy=fira strategy/subspace=dct          another part on one axis",
-            "  python train.py -m optim.lr=3e-3,6e-3 seed=1,2               a sweep, one run folder each",
-            "",
-            "Exit codes: 0 done, 1 failure, 2 something written wrong, 3 out of memory, 4 loss not finite,",
-            "5 disk full, 130 interrupted, 143 terminated. HYDRA_FULL_ERROR=1 shows tracebacks.",
-        ]
-    )

@@ -13,7 +13,7 @@ from lowrank_train.config.errors import UserError
 from lowrank_train.config.parts import instantiate
 from lowrank_train.config.schema import StrategyConfig
 from lowrank_train.kernels.rounding import Rounding
-from lowrank_train.nn.events import Event
+from lowrank_train.nn.events import Event, Layerwise, at_once
 from lowrank_train.nn.int8 import Int8
 from lowrank_train.nn.merge import Merge
 from lowrank_train.nn.reparam import Weights, dense_state_dict, layers_of
@@ -30,7 +30,7 @@ from lowrank_train.optim.rounded_weights import RoundedWeights
 from lowrank_train.optim.selection import matched_names, slots_for
 from lowrank_train.optim.transform import Slot, Transform
 from lowrank_train.reparametrising import merge_faults, swap_in
-from lowrank_train.strategy_checks import taken_by_accident
+from lowrank_train.strategy_checks import row_head, taken_by_accident
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Strategy:
     select: list[str]  # patterns of parameter names
     selected: Transform | None  # the rule for what `select` matches; None: nothing is selected
     rest: Transform
-    freeze_rest: bool  # what `select` does not match is not trained at all
+    freeze_rest: bool  # what `select` does not match is not trained at all, but for the head of a task
     when: When
     basis_under_accumulation: Any
     state_dtype: torch.dtype | None  # None: each parameter's own
@@ -157,14 +157,13 @@ class Strategy:
     def regroup(self, model: nn.Module, optimizer: TransformOptimizer) -> None:
         """Let the optimizer serve what is trained now, where an event or a checkpoint has changed what that is."""
         trained = {param for param in model.parameters() if is_trainable(param)}
-        if trained != set(optimizer.slots):
+        if trained != optimizer.parameters:
             optimizer.regroup(self._groups(model))
 
-    @property
-    def group_names(self) -> list[str]:
-        """Every group that the optimizer may ever have."""
+    def group_names(self, model: nn.Module) -> list[str]:
+        """Every group that the optimizer of a prepared model may ever have."""
         names = [] if self.selected is None else ["projected"]
-        names += [] if self.freeze_rest else ["rest"]
+        names += ["rest"] if not self.freeze_rest or row_head(model) else []
         return [group_name(name, ratio) for name in names for ratio in (1.0, *sorted(set(self._ratios().values())))]
 
     @property
@@ -176,16 +175,19 @@ class Strategy:
         return [*self.weights.events(), *merges]
 
     @torch.no_grad()
-    def run_events(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Event]:
+    def run_events(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, layerwise: Layerwise = at_once
+    ) -> list[Event]:
         """Everything that is due after update number `step`, counted from 1; what has happened, in order."""
         due = [event for event in self.events if event.due(step)]
         if due:
             layers, moments = layers_of(model), moments_of(optimizer)
             with changing_weights(optimizer):
                 for index, event in enumerate(due):
-                    said = event.run(event.number(step), layers, moments)
-                    if said is not None:
-                        due[index] = replace(event, name=said, quiet=False)
+                    for part, of_part in layerwise(event, layers, moments):
+                        said = event.run(event.number(step), part, of_part)
+                        if said is not None:
+                            due[index] = replace(event, name=said, quiet=False)
             if isinstance(optimizer, TransformOptimizer):
                 self.regroup(model, optimizer)
         return due
@@ -196,8 +198,8 @@ class Strategy:
 
     def assignment(self, model: nn.Module) -> list[Assignment]:
         """One row a parameter; state is counted on the meta device, not estimated."""
-        selected, rest = self._split(model)
-        slots = {slot.name: slot for slot in self._slots(selected) + self._slots([] if self.freeze_rest else rest)}
+        selected, rest = self._trained(model)
+        slots = {slot.name: slot for slot in self._slots(selected) + self._slots(rest)}
         chosen = {name for name, _ in selected}
         rows = []
         for name, param in model.named_parameters():
@@ -225,11 +227,11 @@ class Strategy:
 
     def _groups(self, model: nn.Module) -> list[Group]:
         """Every trained parameter in exactly one group: by its rule, and by its multiple of the learning rate."""
-        selected, rest = self._split(model)
-        if self.freeze_rest:
-            for _, param in rest:
+        selected, rest = self._trained(model)
+        kept = {name for name, _ in rest}
+        for name, param in self._split(model)[1]:
+            if name not in kept:
                 put_to_sleep(param)
-            rest = []
         ratios = self._ratios()
         groups = []
         for name, transform, params in (("projected", self.selected, selected), ("rest", self.rest, rest)):
@@ -239,6 +241,12 @@ class Strategy:
                     assert transform is not None
                     groups.append(Group(group_name(name, ratio), transform, members, self._slots(members), ratio))
         return groups
+
+    def _trained(self, model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+        """As `_split`, without what `freeze_rest` freezes: all but the head of a task, whose numbers begin random."""
+        selected, rest = self._split(model)
+        head = row_head(model) if self.freeze_rest else None
+        return selected, [item for item in rest if head is None or item[0] in head]
 
     def _ratios(self) -> Mapping[str, float]:
         """Last part of a parameter's name -> multiple of the learning rate, where it is not 1."""

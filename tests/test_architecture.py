@@ -15,12 +15,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lowrank_train"
 FLOORS = [
-    {"kernels", "config", "data", "checkpoint"},
+    {"kernels", "config", "data", "checkpoint", "checkpoint_shards"},
     {"optim", "nn", "models"},
-    {"strategy", "strategy_checks", "reparametrising", "published", "evaluate", "export", "adapter_files"},
-    {"memory", "report", "explain", "doctor"},
+    {"strategy", "strategy_checks", "reparametrising", "published", "evaluate", "export", "adapter_files", "parallel"},
+    {"memory", "report", "explain", "doctor", "support", "support_table"},
     {"train"},
-    {"cli"},
+    {"cli", "verbs"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 NEVER = {

@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(
         save(small_disk, 2, size=2_000_000)
     assert is_disk_full(refused.value)
     for written in ("weights", "state"):  # and where the room goes away meanwhile
-        monkeypatch.setattr("lowrank_train.checkpoint._require_room", lambda *_: None)
+        monkeypatch.setattr("lowrank_train.checkpoint.require_room", lambda *_: None)
         tensors = {"w": torch.zeros(2_000_000 if written == "weights" else 2)}
         state = {"s": torch.zeros(2_000_000 if written == "state" else 2)}
         with pytest.raises(OSError, match="could not write") as full:

@@ -12,10 +12,11 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from lowrank_train.cli import TAKE_FOLDERS, main, split_verb, with_folders
+from lowrank_train.cli import main
 from lowrank_train.config import compose
 from lowrank_train.config.files import save
 from lowrank_train.config.schema import RunConfig
+from lowrank_train.verbs import TAKE_FOLDERS, split_verb, with_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,6 +84,9 @@ def test_command_composes(command: str, tmp_path: Path, monkeypatch: pytest.Monk
         return
     words = [word for word in words if word not in ("-m", "--cfg", "job")]
     if "-m" in command.split():
+        words = [
+            word for word in words if not word.startswith(("hydra.", "launcher="))
+        ]  # of the sweep, not of its jobs
         words = [re.sub(r"=([^,]+),.*", r"=\1", word) for word in words]  # the first of the swept values
     if verb in TAKE_FOLDERS:
         words = with_folders(words)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -57,6 +57,7 @@ class Event:
     first: int
     every: int | None = None
     quiet: bool = False  # too frequent to be worth a line in the log
+    together: bool = False  # looks at all layers at once, or at gradients, so that layers cannot come one by one
     restructures: bool = False  # parameters come, go or change their shape, which several devices cannot follow
 
     def due(self, step: int) -> bool:
@@ -68,3 +69,16 @@ class Event:
     def number(self, step: int) -> int:
         """How many times it has happened by then, this one included."""
         return 1 if self.every is None else (step - self.first) // self.every + 1
+
+
+Layerwise = Callable[
+    [Event, "Mapping[str, ReparamLinear]", Moments], "Iterator[tuple[Mapping[str, ReparamLinear], Moments]]"
+]
+"""How an event goes through the layers: all of them at once, or in parts, each with the moments that belong to it."""
+
+
+def at_once(
+    event: Event, layers: Mapping[str, ReparamLinear], moments: Moments
+) -> Iterator[tuple[Mapping[str, ReparamLinear], Moments]]:
+    """All layers, where they are."""
+    yield layers, moments

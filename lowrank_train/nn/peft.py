@@ -133,7 +133,7 @@ class Peft(Weights):
             return ()
         if self._steps is None and self.options.get("total_step") is None:
             raise ValueError("strategy.weights.total_step: AdaLoRA's budget needs the number of updates of the run")
-        return [Event("rank allocation", allocation(self.peft_config(["any"], 0)), 1, 1, quiet=True)]
+        return [Event("rank allocation", allocation(self.peft_config(["any"], 0)), 1, 1, quiet=True, together=True)]
 
     def as_peft(self) -> tuple[str, dict[str, Any]]:
         return self.type, dict(self.options)

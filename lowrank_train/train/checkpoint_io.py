@@ -41,7 +41,12 @@ class FolderCheckpoints(CheckpointIO):
         weights = {name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in state.pop("state_dict").items()}
         facts = {"step": state["global_step"], "lowrank_train": __version__, **state[RUN_KEY]["facts"]}
         try:
-            save_checkpoint_folder(Path(path), weights, state, facts)
+            if any(hasattr(tensor, "to_local") for tensor in weights.values()):  # on all ranks at once
+                from lowrank_train.train.sharded_io import save_sharded_folder
+
+                save_sharded_folder(Path(path), weights, state, facts)
+            else:
+                save_checkpoint_folder(Path(path), weights, state, facts)
         except OSError as error:
             if not is_disk_full(error):
                 raise

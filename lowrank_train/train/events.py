@@ -6,12 +6,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 
 from lowrank_train.nn.events import Event
 from lowrank_train.nn.reparam import layers_of
 from lowrank_train.report.console import Console
 from lowrank_train.train.module import RunModule
 from lowrank_train.train.recorder import as_ours
+from lowrank_train.train.replicas import parts_of
 
 
 class EventRunner(L.Callback):
@@ -39,20 +41,26 @@ class EventRunner(L.Callback):
 
 def run_events(module: RunModule, step: int) -> list[Event]:
     """Everything that is due after update number `step`, alike on all ranks; what has happened, in order."""
+    if module.sharded:  # imported where it is needed: FSDP2 takes a second
+        from lowrank_train.train.whole_layers import whole_one_by_one
+
+        layerwise = whole_one_by_one(module.model, module.optimizer, equalize_layers)
+        return module.strategy.run_events(step, module.model, module.optimizer, layerwise)
     happened = module.strategy.run_events(step, module.model, module.optimizer)
-    if module.trainer.world_size > 1 and not all(event.quiet for event in happened):
-        equalize(module)
+    if module.trainer.world_size > 1 and any(event.restructures or not event.quiet for event in happened):
+        equalize_layers(module.model)
     return happened
 
 
-def equalize(module: RunModule) -> None:
+def equalize_layers(model: nn.Module) -> None:
     """Give every rank the first one's layers: a decomposition may differ in its last digits between devices.
 
-    What is each rank's own stays so. Quiet events are left out: what happens at nearly every update treats numbers one
-    by one, and is the same anywhere.
+    What is each rank's own stays so. Not after quiet events that leave the parameters what they are: what happens at
+    nearly every update treats numbers one by one, and is the same anywhere.
     """
-    for layer in layers_of(module.model).values():
+    for layer in layers_of(model).values():
         own = set(layer.rank_local())
         shared = [param for name, param in layer.named_parameters() if name not in own]
         for tensor in (*shared, *layer.buffers()):
-            torch.distributed.broadcast(tensor.data, src=0)
+            for part in parts_of(tensor):
+                torch.distributed.broadcast(part, src=0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_train.checkpoint_shards import own_part
 from lowrank_train.train.module import RunModule
 
 Fingerprints = Mapping[str, int]
@@ -45,7 +46,7 @@ def _add(node: Any, path: str, found: dict[str, int]) -> None:
         for number, value in enumerate(node):
             _add(value, f"{path} {number}".strip(), found)
     elif isinstance(node, Tensor):
-        raw = node.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        raw = own_part(node).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         found[path] = zlib.crc32(raw.numpy().data, zlib.crc32(f"{node.dtype} {tuple(node.shape)}".encode()))
     else:
         found[path] = zlib.crc32(repr(node).encode())

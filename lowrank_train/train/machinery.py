@@ -12,16 +12,20 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lowrank_train.config.errors import EXIT_OUT_OF_MEMORY, RunStopped, UserError
+from lowrank_train.config.fsdp_checks import sharded
+from lowrank_train.config.launch import started_by
 from lowrank_train.config.schema import RunConfig, TrainerConfig
 from lowrank_train.memory.out_of_memory import is_out_of_memory, obituary, phase_of
 from lowrank_train.report.console import Console, WarningsToConsole
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
 from lowrank_train.train.module import RunModule
+from lowrank_train.train.replicas import Replicas
+from lowrank_train.train.zero import ZeroPrecision, zero_strategy
 
 # Warnings of Lightning and torch about what is so on purpose, or is not the user's to change.
 NOT_FOR_THE_USER = (
@@ -88,21 +92,22 @@ def build_trainer(
             f"trainer.devices is {settings.devices}, but this machine has {torch.cuda.device_count()} GPUs; "
             "set trainer.devices to at most that"
         )
-    plugins: list[object] = [checkpoints]
-    if SLURMEnvironment.detect():
-        # Lightning's own requeueing saves wherever Python happens to be, also in the middle of an update.
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+    plugins: list[object] = [checkpoints, *cluster_environment(settings)]
     alone = settings.devices * settings.num_nodes == 1
+    narrow = config.precision.compute == "bf16-mixed"
+    zero = zero_strategy(config, device)
+    if zero is not None:
+        plugins.append(ZeroPrecision(device, narrow=narrow))
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         # Buffers (supports, masks, counters) are the same on every rank by construction; DDP would send them all before
         # every forward pass.
-        strategy="auto" if alone else DDPStrategy(broadcast_buffers=False),
+        strategy=zero or ("auto" if alone else sharding_of(config, device) or Replicas(broadcast_buffers=False)),
         # The model already has the dtype of precision.weights. Lightning's "bf16-true" would cast once more, and with
         # it the rotary frequencies, which must stay float32.
-        precision="bf16-mixed" if config.precision.compute == "bf16-mixed" else "32-true",
+        precision=None if zero is not None else "bf16-mixed" if narrow else "32-true",
         max_steps=settings.steps,
         max_epochs=-1,
         accumulate_grad_batches=micro_batches,
@@ -117,6 +122,30 @@ def build_trainer(
         plugins=plugins,  # type: ignore[arg-type]
         default_root_dir=folder,
     )
+
+
+def sharding_of(config: RunConfig, device: torch.device) -> Strategy | None:
+    """Lightning's strategy for parameters in shards, where the run asks for it."""
+    if not sharded(config):
+        return None
+    from lowrank_train.train.sharding import ShardedStrategy  # FSDP2 takes a second to import
+
+    devices = config.trainer.devices * config.trainer.num_nodes
+    return ShardedStrategy(devices, backend="gloo" if device.type == "cpu" else None)
+
+
+def cluster_environment(settings: TrainerConfig) -> list[object]:
+    """What tells Lightning of the other processes, where it would guess wrong: under Slurm."""
+    starter = started_by(os.environ)
+    if starter == "srun":
+        # Of the job, not of this step of it, and absent where tasks were given by --ntasks alone. What srun has really
+        # started fits: config/launch.py has seen to it.
+        os.environ["SLURM_NTASKS_PER_NODE"] = str(settings.devices)
+        # Lightning's own requeueing saves wherever Python happens to be, also in the middle of an update.
+        return [SLURMEnvironment(auto_requeue=False)]
+    if starter == "alone" and "SLURM_JOB_ID" in os.environ:
+        return [LightningEnvironment()]  # Lightning takes every process in an allocation for one of srun's tasks
+    return []
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lowrank_train.optim.schedule import multiplier
 from lowrank_train.strategy import Strategy
 from lowrank_train.train.checkpoint_io import RUN_KEY
 from lowrank_train.train.rank_local import join_copies, take_own_copy, take_places
+from lowrank_train.train.replicas import ranks_of
 from lowrank_train.train.run_state import Counters, random_state
 
 TrainingBatches = Callable[..., Any]
@@ -91,9 +93,31 @@ class RunModule(L.LightningModule):
         )
         return batches if self.config.data.repeat else UntilAllEnd(batches, self.micro_batches, self.all_ranks)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds its rows of the parameters alone."""
+        return self.device_mesh is not None
+
+    def configure_model(self) -> None:
+        """The strategy has made the devices known by now; nothing to do where each of them has the whole model."""
+        if self.device_mesh is not None:
+            from lowrank_train.train.sharding import shard_
+
+            narrow = self.config.precision.compute == "bf16-mixed"
+            shard_(self.model, self.device_mesh["data_parallel"], autocast=narrow)
+
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        """Around sampling, which goes without autocast where each device has the whole model in float32: blocks that
+        are gathered in bfloat16 need it."""
+        if self.sharded and self.config.precision.compute == "bf16-mixed":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
     def configure_optimizers(self) -> Any:
         """A checkpoint's weights are in place by now, and with them what is trained at this point of the run."""
         self.strategy.regroup(self.model, self.optimizer)
+        if not self.sharded:  # who serves shards, the optimizer sees by them
+            self.optimizer.ranks = ranks_of(self.config, self.strategy, self)
         return self.optimizer
 
     def set_rates(self) -> None:

@@ -55,7 +55,7 @@ def join_copies(
     names = rank_local_names(module)
     if not names:
         return []
-    weights, states = checkpoint["state_dict"], checkpoint["optimizer_states"][0]["state"]
+    weights, states = checkpoint["state_dict"], checkpoint.get("optimizer_states", [{"state": {}}])[0]["state"]
     local = {module.get_parameter(name) for name in names}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     numbers = [number for number, param in enumerate(params) if param in local and number in states]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lowrank_train.checkpoint import PARTIAL_SUFFIX, checkpoint_folder
-from lowrank_train.config.errors import EXIT_DISK_FULL, EXIT_FAILURE, RunStopped
+from lowrank_train.config.errors import EXIT_DISK_FULL, EXIT_FAILURE
 from lowrank_train.config.files import save
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.data import Tokenizer, validation_batches
@@ -154,10 +154,11 @@ class _Rehearsal:
         self.phases.begin("kill and resume")
         module = self.build(self.config)
         self.fit(module, self.second_updated, None, self.second_saved, self.second_loaded)
-        if is_first_rank():
+        if is_first_rank() or module.sharded:  # all ranks, where each forward pass needs them
             self.phases.begin("sample")
-            with explained_failures(self.config, module):
-                text = sampled_paragraph(self.config, module.model.to(self.device), self.tokenizer)
+            with explained_failures(self.config, module), module.computing():
+                model = module.model if module.sharded else module.model.to(self.device)
+                text = sampled_paragraph(self.config, model, self.tokenizer)
             self.phases.end(f"{len(text)} characters")
 
     def second_loaded(self, module: RunModule, step: int) -> None:
@@ -236,7 +237,7 @@ class _Rehearsal:
         with explained_failures(self.config, module):
             trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
         if saver.stopped_by_signal:
-            raise RunStopped(f"stopped by {saver.signal_name}; nothing was trained or saved yet", saver.exit_code)
+            raise saver.stopped("; nothing was trained or saved yet")
 
     def few_validation_batches(self) -> Callable[..., Any]:
         """(rank, world_size) -> this rank's share of the first rows."""

@@ -19,7 +19,7 @@ MARGIN = 1.05  # for all that is not weights
 def room_for_checkpoints(checkpoint: Path, keep: int) -> tuple[str, str]:
     """(fault, fact) of the disk that `checkpoint` lies on and is about to leave: whether it holds `keep` of its size
     and one being written. An empty fault where it does."""
-    size_bytes, count = sum(file.stat().st_size for file in checkpoint.iterdir()), max(1, keep) + 1
+    size_bytes, count = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()), max(1, keep) + 1
     free_bytes = shutil.disk_usage(checkpoint).free + size_bytes
     size, free, fit = format_bytes(size_bytes), format_bytes(free_bytes), free_bytes // size_bytes
     if fit >= count:

@@ -10,22 +10,25 @@ import torch
 from lightning.pytorch.loggers import Logger
 from transformers import PreTrainedModel
 
-from lowrank_train.config.errors import RunStopped, UserError
 from lowrank_train.config.files import to_container
+from lowrank_train.config.fsdp_checks import sharded
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.weights_checks import weights_remarks
 from lowrank_train.data import Tokenizer, load_tokenizer
 from lowrank_train.evaluate.loading import DTYPES, pick_device
+from lowrank_train.evaluate.samples import SAMPLES_FILE, Samples
 from lowrank_train.memory.counting import weights_bytes
 from lowrank_train.models import build_model, outputs_of
 from lowrank_train.nn.reparam import layers_of
 from lowrank_train.optim.optimizer import TransformOptimizer
-from lowrank_train.report.banner import BatchArithmetic, assignment_lines, model_sentence
+from lowrank_train.parallel import refuse_parallel
+from lowrank_train.report.banner import BatchArithmetic, assignment_lines, head_lines, model_sentence
 from lowrank_train.report.card import show_card
 from lowrank_train.report.console import Console
 from lowrank_train.report.result import write_result
 from lowrank_train.report.savings import advice, advice_on_layers
 from lowrank_train.strategy import Strategy
+from lowrank_train.strategy_checks import row_head
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
 from lowrank_train.train.csv_file import CsvFile, MetricsCsv
 from lowrank_train.train.events import EventRunner
@@ -43,19 +46,23 @@ from lowrank_train.train.module import RunModule
 from lowrank_train.train.progress import ProgressDisplay
 from lowrank_train.train.recorder import Recorder, metric_columns
 from lowrank_train.train.rehearsal import rehearse
+from lowrank_train.train.run_chat import prepare_chat, read_chat
 from lowrank_train.train.run_data import RunData, fit_model, prepare_data, with_length
 from lowrank_train.train.run_folder import CHECKPOINTS, METRICS_FILE, RESULT_FILE, RunFolder, prepare_run_folder
 from lowrank_train.train.run_length import RunIsLong, called_off_if_long
 from lowrank_train.train.run_state import Stopwatch, random_state, restore_random_state, seed_everything
 from lowrank_train.train.saver import Saver
-from lowrank_train.train.summary import draw, summarize
+from lowrank_train.train.slurm import AGAIN
+from lowrank_train.train.summary import draw, of_all_devices, summarize
 from lowrank_train.train.utilization import utilization
 
 
 def train(config: RunConfig) -> int:
     """Train until done and return 0; UserError for what cannot work, RunStopped for a run that ended early."""
     device = pick_device(config.trainer, local_rank())
-    config = with_length(config)
+    config, chat = read_chat(config)
+    config = with_length(config, None if chat is None else len(chat.rows))
+    refuse_parallel(config)
     with contextlib.closing(prepare_run_folder(config, is_first_rank=is_first_rank())) as folder:
         console = Console(folder.path / "log.txt", silent=not is_first_rank())
         quiet_libraries(console)
@@ -63,8 +70,8 @@ def train(config: RunConfig) -> int:
         if folder.finished is not None:
             return show_finished(console, folder)
         seed_everything(config.seed, threads=config.trainer.threads)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        data = prepare_data(config, tokenizer)
+        tokenizer = load_tokenizer(config.data.tokenizer) if chat is None else chat.tokenizer
+        data = prepare_data(config, tokenizer) if chat is None else prepare_chat(config, chat)
         build = functools.partial(build_module, tokenizer=tokenizer, data=data, device=device)
         generators = random_state()
         module = build(config)
@@ -76,9 +83,12 @@ def train(config: RunConfig) -> int:
             restore_random_state(generators)
             module = build(config)
             fit(config, folder, console, module, data, device)
+        if is_first_rank() or module.sharded:
+            with explained_failures(config, module):
+                of_devices = of_all_devices(config, module, data, tokenizer, device)
         if is_first_rank():
             with explained_failures(config, module):
-                result = summarize(config, folder, module, data, tokenizer, device)
+                result = summarize(config, folder, module, data, of_devices, device)
             write_result(folder.path / RESULT_FILE, result)
             draw(folder)
             show_card(console, result)
@@ -92,11 +102,12 @@ def build_module(config: RunConfig, *, tokenizer: Tokenizer, data: RunData, devi
             config.model,
             vocab_size=tokenizer.vocab_size,
             dtype=DTYPES[config.precision.weights],
-            device=device,
+            # A model to be sharded moves to the devices a layer at a time: whole it may be too much for one.
+            device="cpu" if sharded(config) else device,
             seed=config.seed,
             outputs=outputs_of(config.data),
         )
-        fit_model(config, model, tokenizer)
+        fit_model(config, model, tokenizer, data.largest_id)
         strategy = prepare_strategy(config, model)
         optimizer = build_optimizer(config, strategy, model)
     return RunModule(
@@ -114,14 +125,6 @@ def prepare_strategy(config: RunConfig, model: PreTrainedModel) -> Strategy:
         int8_group=config.precision.int8_group,
         steps=config.trainer.steps,
     )
-    devices = config.trainer.devices * config.trainer.num_nodes
-    restructuring = [event.name for event in strategy.events if event.restructures]
-    if devices > 1 and restructuring:
-        raise UserError(
-            f"trainer.devices: strategy {config.strategy.name} changes what is trained in the middle of a run "
-            f"({', '.join(restructuring)}), and {devices} devices add up the gradients of what was trained at its "
-            "start; use trainer.devices=1 trainer.num_nodes=1"
-        )
     strategy.prepare(model)
     return strategy
 
@@ -164,7 +167,9 @@ def announce(
         ),
         f"strategy {config.strategy.name}, step {config.strategy.when}, precision {config.precision.name}:",
         *assignment_lines(assignment),
+        *head_lines(assignment, row_head(model)),
         f"data {data_sentence(config, data, batch)}; {settings.steps:,} updates",
+        *(f"  {remark}" for remark in data.remarks),
         *([utilization(model, config.data.seq_len, device, batch.devices)[1]] if device.type == "cuda" else []),
         f"run folder: {folder.path}",
     ]
@@ -213,8 +218,11 @@ def fit(
         loggers,
         utilization=utilization(module.model, config.data.seq_len, device, devices)[0],
         documents=documents,
+        samples=Samples(data.sampler, folder.path / SAMPLES_FILE, folder.step) if data.sampler is not None else None,
     )
-    saver = Saver(folder.path / CHECKPOINTS, checkpoints, interrupts, stopwatch, console)
+    saver = Saver(
+        folder.path / CHECKPOINTS, checkpoints, interrupts, stopwatch, console, resume_from=folder.resume_from
+    )
     trainer = build_trainer(
         config,
         device,
@@ -239,19 +247,15 @@ def fit(
             if table is not None:
                 table.close()
     if saver.stopped_by_signal:
-        if not is_first_rank():
-            raise SystemExit(saver.exit_code)  # the first rank says why
-        raise RunStopped(
-            f"stopped by {saver.signal_name} after step {module.last_checkpoint_step:,}; everything is saved. "
-            "Run the same command again to go on.",
-            saver.exit_code,
-        )
+        raise saver.stopped(f" after step {module.last_checkpoint_step:,}; everything is saved. {AGAIN}")
     return True
 
 
 def open_tables(config: RunConfig, folder: RunFolder, module: RunModule) -> tuple[list[Logger], CsvFile | None]:
     """metrics.csv and the loggers beside it, and documents.csv where wanted, all cut back to the step to go on from."""
-    metrics = MetricsCsv(folder.path / METRICS_FILE, metric_columns(module.strategy.group_names, module.head.columns))
+    metrics = MetricsCsv(
+        folder.path / METRICS_FILE, metric_columns(module.strategy.group_names(module.model), module.head.columns)
+    )
     metrics.file.start(folder.step)
     documents = None
     if config.data.log_documents:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from lowrank_train.checkpoint import (
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.files import load_container, save, to_container
 from lowrank_train.config.schema import RunConfig
+from lowrank_train.train.slurm import came_back, leave_name
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
@@ -29,16 +31,19 @@ CHECKPOINTS = "checkpoints"
 
 # Keys that may change when a run goes on: they move when something is said or saved, not the numbers of training.
 FREE_KEYS = (
-    "task", "run_name", "output_dir", "resume", "rehearse", "run", "out",
+    "task", "run_name", "output_dir", "resume", "rehearse", "run", "best", "out",
     "logger.", "generate.",
-    "data.num_workers", "data.log_documents", "precision.count_lost_updates",
-    "trainer.eval_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints", "trainer.log_every_steps",
+    "data.num_workers", "data.log_documents", "data.samples", "data.sample_tokens", "precision.count_lost_updates",
+    "trainer.eval_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints", "trainer.keep_best",
+    "trainer.log_every_steps",
     "trainer.threads", "trainer.accelerator",
+    "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.reduce", "trainer.batch_size",
+    "trainer.total_batch_size",  # as long as an update sees as many rows, see changed_keys
 )  # fmt: skip
-# Keys that decide the shapes in a checkpoint or how its data is divided: they stay even with resume=PATH.
+# Keys that decide the shapes in a checkpoint, or what an update is: they stay even with resume=PATH.
 FIXED_KEYS = (
     "model.", "strategy.", "precision.weights", "precision.state", "precision.int8_group", "data.tokenizer",
-    "trainer.batch_size", "trainer.total_batch_size", "trainer.devices", "trainer.num_nodes",
+    "trainer.total_batch_size",
 )  # fmt: skip
 
 
@@ -79,14 +84,18 @@ def prepare_run_folder(config: RunConfig, *, is_first_rank: bool) -> RunFolder:
     path = run_folder_path(config)
     lock = _lock(path) if is_first_rank else None
     folder = RunFolder(path, _lock=lock)
-    if config.resume == "false":
+    # What resume says is for the first start of a job; where Slurm has requeued it, it goes on with what it had begun.
+    goes_on = config.resume == "auto" or (
+        came_back(path) and (config.resume == "false" or bool(checkpoint_folders(path / CHECKPOINTS)))
+    )
+    if goes_on:
+        _resume_in_place(config, folder)
+    elif config.resume == "false":
         if is_first_rank and (path / CONFIG_FILE).exists():
             if lock is not None:
                 lock.close()
             folder.remarks.append(f"{path} was moved to {_move_aside(path)}; starting over")
             folder._lock = _lock(path)
-    elif config.resume == "auto":
-        _resume_in_place(config, folder)
     else:
         _resume_from_path(config, folder)
     if is_first_rank and folder.finished is None:
@@ -96,10 +105,21 @@ def prepare_run_folder(config: RunConfig, *, is_first_rank: bool) -> RunFolder:
         (path / RESULT_FILE).unlink(missing_ok=True)
         if folder.curve_from is not None and folder.curve_from.exists():
             shutil.copyfile(folder.curve_from, path / METRICS_FILE)
+            _bring_best(folder)
         aside = path / (CONFIG_FILE + PARTIAL_SUFFIX)
         save(config, aside)
         aside.replace(path / CONFIG_FILE)
+        leave_name(path)
     return folder
+
+
+def _bring_best(folder: RunFolder) -> None:
+    """Copy the best weights that the continued run had by then."""
+    assert folder.curve_from is not None
+    for best in checkpoint_folders(folder.curve_from.parent / CHECKPOINTS, "best"):
+        target = folder.path / CHECKPOINTS / best.name
+        if checkpoint_step(best) <= folder.step and not target.exists():
+            shutil.copytree(best, target)
 
 
 def changed_keys(config: RunConfig, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -110,6 +130,9 @@ def changed_keys(config: RunConfig, saved: dict[str, Any]) -> dict[str, tuple[An
         for key, value in now.items()
         if key in before and before[key] != value and not _is_among(key, FREE_KEYS)
     }
+    rows_before, rows_now = _rows_of_update(now | before), _rows_of_update(now)
+    if rows_before != rows_now:
+        changed["trainer.total_batch_size"] = (rows_before, rows_now)
     if config.optim.schedule == "constant":  # then the rate does not depend on the length
         changed.pop("trainer.steps", None)
     return changed
@@ -146,6 +169,11 @@ def _resume_from_path(config: RunConfig, folder: RunFolder) -> None:
         home = given
     else:
         home = given.parent.parent
+        if given in checkpoint_folders(given.parent, "best"):
+            raise UserError(
+                f"resume={config.resume} holds weights alone, without the optimizer's state; go on from a step_ folder "
+                "beside it, or export it (lowrank export best=true) and start anew with model.path="
+            )
         try:
             read_manifest(given)
         except DamagedCheckpoint as error:
@@ -217,6 +245,12 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
             for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
         }
     return {prefix: node}
+
+
+def _rows_of_update(keys: dict[str, Any]) -> Any:
+    """However they are shared out among devices and micro-batches."""
+    each = [keys.get(f"trainer.{key}", 1) for key in ("batch_size", "devices", "num_nodes")]
+    return keys.get("trainer.total_batch_size") or math.prod(each)
 
 
 def _is_among(key: str, names: tuple[str, ...]) -> bool:

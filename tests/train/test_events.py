@@ -118,5 +118,6 @@ def test_a_merge_on_two_processes_is_a_merge_on_one(
 
 
 def test_several_devices_refuse_what_changes_its_parameters(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run("r", *RELORA, "strategy.weights.warm_start_steps=4", "trainer.devices=2", "trainer.strategy=ddp", code=2)
+    """Of which each holds some rows."""
+    run("r", *RELORA, "strategy.weights.warm_start_steps=4", "trainer.devices=2", "trainer.strategy=fsdp", code=2)
     assert "end of warm start" in capsys.readouterr().err
