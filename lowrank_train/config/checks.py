@@ -7,7 +7,10 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from lowrank_train.config.chat_checks import chat_faults
+from lowrank_train.config.fsdp_checks import fsdp_faults
 from lowrank_train.config.glue_checks import glue_faults
+from lowrank_train.config.parallel_checks import replication_faults
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.strategy_checks import (
     micro_batches,
@@ -17,6 +20,7 @@ from lowrank_train.config.strategy_checks import (
     world_size,
 )
 from lowrank_train.config.weights_checks import TASKS_THAT_TRAIN
+from lowrank_train.config.zero_checks import zero_faults
 
 __all__ = ["TASKS_WITH_RUN", "cross_checks", "micro_batches", "world_size"]
 
@@ -40,6 +44,8 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "data.shuffle_documents": (0, True),
     "data.num_workers": (0, True),
     "data.validation_tokens": (1, True),
+    "data.samples": (0, True),
+    "data.sample_tokens": (1, True),
     "optim.lr": (0, False),
     "optim.warmup_steps": (0, True),
     "optim.warmup_ratio": (0, True),
@@ -86,7 +92,8 @@ UPPER_BOUNDS: dict[str, float] = {
 def cross_checks(config: RunConfig) -> list[str]:
     """Every broken rule, as a sentence with the numbers and the way out."""
     out_of_bounds = list(_bounds(config))
-    faults = [*out_of_bounds, *_task(config), *_data(config), *glue_faults(config), *_precision(config)]
+    faults = [*out_of_bounds, *_task(config), *_data(config), *glue_faults(config), *chat_faults(config)]
+    faults += _precision(config)
     if not out_of_bounds:  # what follows divides by these numbers
         faults += _model(config)
     if config.task in TASKS_THAT_TRAIN and not faults:
@@ -95,6 +102,9 @@ def cross_checks(config: RunConfig) -> list[str]:
             *_restarts(config),
             *strategy_faults(config),
             *stepping_faults(config),
+            *replication_faults(config),
+            *fsdp_faults(config),
+            *zero_faults(config),
             *(_machine(config) if config.task == "train" else []),
         ]
     if config.task == "explain" and not faults:
@@ -138,6 +148,9 @@ def _model(config: RunConfig) -> Iterator[str]:
     if model.kind == "hf":
         if not model.path and config.task != "data_prepare" and config.run is None:
             yield "model.path: model=hf needs model.path=FOLDER or the model's name on the hub"
+        if model.path and (Path(model.path) / "checkpoints").is_dir() and (Path(model.path) / "config.yaml").is_file():
+            export = f"lowrank export run={model.path} out=FOLDER"
+            yield f"model.path={model.path}: is a run folder; export it first: {export}"
         return
     if model.hidden_size % model.num_attention_heads:
         yield (
@@ -161,10 +174,9 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield "data.train: names no files; give data.train=[FILE,...] or choose data="
     if not data.tokenizer and config.task in ("train", "data_prepare"):
         yield "data.tokenizer: is empty; name a SentencePiece .model, a tokenizer.json, a folder, or a name on the hub"
-    if data.mask_documents and data.packing != "concat":
+    if data.mask_documents and data.packing == "pad" and data.source != "chat":
         yield (
-            f"data.mask_documents=true: needs data.packing=concat; data.packing={data.packing} puts a single document "
-            "into a row"
+            "data.mask_documents=true: needs data.packing=concat; data.packing=pad puts a single document into a row"
         )
     if (
         model.kind == "llama"
@@ -174,6 +186,12 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield (
             f"data.seq_len={data.seq_len}: is above model.max_position_embeddings={model.max_position_embeddings}; "
             "shorten the one or lengthen the other"
+        )
+    if data.shuffle_documents == "all" and data.source != "tokens":
+        yield (
+            f"data.shuffle_documents=all: needs documents that can be reached by number, and data.source={data.source} "
+            "is read from its beginning; prepare it (lowrank data prepare) and use data=tokens, or say how many are "
+            "shuffled together, such as data.shuffle_documents=10000"
         )
     if config.task == "data_prepare" and data.source == "tokens":
         yield "data.source=tokens: is already prepared; choose the source it is to be made from"

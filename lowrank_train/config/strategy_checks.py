@@ -88,19 +88,8 @@ def stepping_faults(config: RunConfig) -> Iterator[str]:
         yield "optim.clip_norm_of=projected: there is no subspace to project into; write optim.clip_norm_of=full"
     if clip is None and config.optim.clip_norm_of == "projected":
         yield "optim.clip_norm_of=projected: nothing is clipped; give optim.grad_clip=1.0 or leave it out"
-    if world_size(config) > 1 and value_of(config, "strategy.blocks.inactive") == "none":
-        yield (
-            "strategy.blocks.inactive=none: changes which tensors ask for a gradient, and "
-            f"{world_size(config)} devices add up those of the tensors that asked at the start; use trainer.devices=1 "
-            "trainer.num_nodes=1, or strategy.blocks.inactive=sign"
-        )
     if when == "after_backward":
         return
-    if world_size(config) > 1:
-        yield (
-            f"strategy.when={when}: frees gradients before {world_size(config)} devices could add theirs up; use "
-            "strategy.when=after_backward, or trainer.devices=1 trainer.num_nodes=1"
-        )
     if when == "project_in_backward" and not has_subspace:
         yield (
             f"strategy.when={when}: strategy {config.strategy.name} has no subspace; use strategy.when=in_backward or "

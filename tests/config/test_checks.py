@@ -117,6 +117,7 @@ NO_CLIP = "optim.grad_clip=null"
 BACKWARD, PROJECT = "strategy.when=in_backward", "strategy.when=project_in_backward"
 WINDOW = "trainer.total_batch_size=16"
 FULL = "strategy=full"
+PROJECTED = "trainer.reduce=projected"
 LDADAM = "strategy=ldadam optim.grad_clip=null strategy.when=project_in_backward"
 STEPPING: list[tuple[str, str, str]] = [
     (f"{BACKWARD} {NO_CLIP} {WINDOW}", "cannot add up the 4 micro-batches", f"{PROJECT} {NO_CLIP} {WINDOW}"),
@@ -134,8 +135,19 @@ STEPPING: list[tuple[str, str, str]] = [
     (f"{LDADAM} {WINDOW}", "would add the error to every one", LDADAM),
     (f"{FULL} optim.clip_norm_of=projected", "no subspace to project into", FULL),
     (f"{NO_CLIP} optim.clip_norm_of=projected", "nothing is clipped", "optim.clip_norm_of=projected"),
-    (f"{PROJECT} trainer.devices=2", "frees gradients before 2 devices", "trainer.devices=2"),
-    (f"{BACKWARD} {NO_CLIP} trainer.num_nodes=2", "frees gradients before 2 devices", f"{BACKWARD} {NO_CLIP}"),
+    (f"{PROJECTED} {NO_CLIP}", "one device has nobody to average with", f"{PROJECTED} {NO_CLIP} trainer.devices=2"),
+    (f"{PROJECTED} trainer.devices=2", "is not known where small ones are averaged", "trainer.devices=2"),
+    (f"{PROJECTED} trainer.devices=2 {FULL} {NO_CLIP}", "has no subspace", f"trainer.devices=2 {FULL} {NO_CLIP}"),
+    (
+        f"{PROJECTED} trainer.devices=2 strategy=ldadam {NO_CLIP}",
+        "keeps what the subspace leaves out",
+        f"{PROJECTED} trainer.devices=2 {NO_CLIP}",
+    ),
+    (
+        f"{PROJECTED} trainer.devices=2 trainer.strategy=fsdp {NO_CLIP}",
+        "gives each a share of it",
+        f"{PROJECTED} trainer.devices=2 trainer.strategy=ddp {NO_CLIP}",
+    ),
 ]
 
 

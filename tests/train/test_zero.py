@@ -1,0 +1,96 @@
+"""A run under DeepSpeed's ZeRO: from a checkpoint of one process on, and its own is one that everybody reads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_train.checkpoint import checkpoint_folder
+from lowrank_train.cli import main
+from lowrank_train.config import UserError, compose
+from lowrank_train.optim.groups import Group
+from lowrank_train.optim.moments import Adam
+from lowrank_train.optim.optimizer import TransformOptimizer
+from lowrank_train.optim.selection import slots_for
+from lowrank_train.train.zero import update_stats, zero_strategy
+from tests.train.conftest import rows_of, saved
+
+# Adam's eps is large, for a small gradient's rounding is not to become an update's.
+SETTINGS = ["strategy=lora", "strategy.weights.rank=4", "strategy.rest.eps=1e-3", "data.packing=pad", "trainer.steps=6",
+            "trainer.total_batch_size=8"]  # fmt: skip
+
+
+def test_a_run_goes_on_under_zero_and_is_exported(
+    run: Callable[..., Path], tiny: Callable[..., list[str]], project_root: Path, tmp_path: Path
+) -> None:
+    """Three updates by one process, three by two: as six by one, in float32."""
+    one = run("one", *SETTINGS, "trainer.batch_size=8")
+    start = checkpoint_folder(one / "checkpoints", 3)
+    devices = ["trainer.strategy=deepspeed_zero2", "trainer.devices=2", "trainer.batch_size=4"]
+    words = tiny("two", *SETTINGS, *devices, f"resume={start}")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.zero_on_cpu", "train", *words],
+        cwd=project_root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = saved(one), saved(tmp_path / "two")
+    for name, weight in expected["weights"].items():
+        assert torch.allclose(weight, found["weights"][name], rtol=0, atol=1e-6), name
+    (ours,), (theirs,) = (content["state"]["optimizer_states"] for content in (expected, found))
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, state in ours["state"].items():
+        assert state["step"] == theirs["state"][number]["step"] == 6
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.allclose(state[key], theirs["state"][number][key], rtol=0, atol=1e-6), (number, key)
+    for a, b in zip(rows_of(one), rows_of(tmp_path / "two"), strict=True):
+        for column in ("train/loss", "train/lr", "train/grad_norm", "tokens"):
+            assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-5), column
+    assert main(["export", f"run={tmp_path / 'two'}", f"out={tmp_path / 'hub'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["strategy=full", "trainer.accelerator=cpu"], "DeepSpeed trains on GPUs only"),
+        (["strategy=galore"], "strategy galore has strategy.subspace, which needs whole ones"),
+        (["strategy=relora"], "strategy.merge changes those of whole matrices"),
+        (["strategy=full", "strategy.when=in_backward"], "takes each gradient out of the backward pass itself"),
+        (["strategy=full", "strategy/storage=q8"], "strategy.storage goes by tensors"),
+        (["strategy=full", "precision=bf16"], "updates float32 copies of the weights"),
+        (["strategy=full", "trainer=deepspeed_zero3"], "use trainer=fsdp"),
+    ],
+)
+def test_what_flat_shards_cannot_give_is_refused(words: list[str], reason: str) -> None:
+    with pytest.raises(UserError, match=r"trainer\.strategy=deepspeed_zero") as refusal:
+        compose(["recipe=null", "trainer=deepspeed_zero2", *words])
+    assert reason in str(refusal.value)
+
+
+def test_without_a_gpu_the_machine_is_named() -> None:
+    config = compose(["recipe=null", "strategy=full", "trainer=deepspeed_zero1", "trainer.accelerator=auto"])
+    with pytest.raises(UserError, match="there is none here"):
+        zero_strategy(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("norm", "skipped"), [(0.5, False), (torch.tensor(0.5), False), (float("inf"), True), (-1.0, True)]
+)
+def test_an_update_that_zero_left_out_is_counted(norm: float, skipped: bool) -> None:
+    """-1 is what DeepSpeed calls a norm that is not finite."""
+
+    params = [("a", torch.nn.Parameter(torch.ones(2))), ("b", torch.nn.Parameter(torch.ones(3)))]
+    optimizer = TransformOptimizer([Group("rest", Adam(), list(params), slots_for(params, seed=0))], lr=0.1)
+    stats = update_stats(norm, optimizer)
+    assert stats["skipped_names"] == (["a", "b"] if skipped else [])
+    assert stats["grad_norm"] == (None if skipped else 0.5)

@@ -1,0 +1,141 @@
+"""Run as a program, twice: strategies on the flat shards of ZeRO, beside one process on all rows.
+
+python -m tests.train.zero_ranks STAGE NAME... writes a line of JSON for each strategy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lowrank_train.optim.optimizer import TransformOptimizer
+from lowrank_train.strategy import Strategy
+from lowrank_train.train.zero_shards import ShardOptimizer
+from tests.test_strategies import Toy, configured, small
+
+UPDATES, SAVED, ROWS, RANKS, MICRO_BATCHES, CLIP = 4, 2, 8, 2, 2, 0.5
+
+
+def built(name: str) -> tuple[Toy, TransformOptimizer]:
+    """The toy under a strategy. Adam's eps is large, for a small gradient's rounding is not to become an update's."""
+    torch.manual_seed(0)
+    model, config = Toy(), small(configured(name), storage=None)
+    config.rest = config.rest | ({"eps": 1e-3} if "eps" in config.rest else {})
+    strategy = Strategy.from_config(config, seed=1, steps=UPDATES)
+    strategy.prepare(model)
+    return model, strategy.optimizer(model, lr=1e-2, weight_decay=0.1, grad_clip=CLIP, micro_batches=MICRO_BATCHES)
+
+
+def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+
+
+def micro_batches(update: int) -> tuple[Tensor, ...]:
+    return torch.randint(17, (ROWS, 9), generator=torch.Generator().manual_seed(update)).chunk(MICRO_BATCHES)
+
+
+def alone(name: str) -> tuple[Toy, dict[str, Any]]:
+    model, optimizer = built(name)
+    for update in range(UPDATES):
+        optimizer.zero_grad()
+        for rows in micro_batches(update):
+            (loss_of(model, rows) / MICRO_BATCHES).backward()
+        optimizer.step()
+    return model, optimizer.state_dict()
+
+
+class Shared:
+    """The same under ZeRO."""
+
+    def __init__(self, name: str, stage: int, weights: dict[str, Tensor] | None = None) -> None:
+        import deepspeed
+
+        self.model, whole = built(name)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        self.optimizer = ShardOptimizer.like(whole)
+        buckets = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000, "overlap_comm": False}
+        self.engine, *_ = deepspeed.initialize(
+            model=self.model,
+            model_parameters=[param for param in self.model.parameters() if param.requires_grad],
+            optimizer=self.optimizer,
+            dist_init_required=False,
+            config={
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": {"stage": stage, "contiguous_gradients": True, **buckets},
+                "train_micro_batch_size_per_gpu": ROWS // RANKS // MICRO_BATCHES,
+                "gradient_accumulation_steps": MICRO_BATCHES,
+                "gradient_clipping": CLIP,
+            },
+        )
+
+    def train(self, first: int, last: int) -> None:
+        for update in range(first, last):
+            for rows in micro_batches(update):
+                self.engine.backward(loss_of(self.engine, rows.chunk(RANKS)[dist.get_rank()]))
+                self.engine.step()
+
+
+def difference(name: str, stage: int) -> dict[str, Any]:
+    """The largest between one process and two, in weights and state; and whether going on from a save is exact."""
+    whole, expected = alone(name)
+    shared = Shared(name, stage)
+    shared.train(0, SAVED)
+    weights = {key: value.clone() for key, value in shared.model.state_dict().items()}
+    everyones: list[Any] = [shared.optimizer.state_dict()]
+    dist.broadcast_object_list(everyones, src=0)
+    shared.train(SAVED, UPDATES)
+    again = Shared(name, stage, weights)
+    again.optimizer.load_state_dict(everyones[0])
+    again.train(SAVED, UPDATES)
+    found, later = shared.optimizer.state_dict(), again.optimizer.state_dict()
+    own, resumed = shared.model.state_dict(), again.model.state_dict()
+    pairs = [(value, own[key]) for key, value in whole.state_dict().items() if value.is_floating_point()]
+    if dist.get_rank() == 0:
+        assert found["state"].keys() == expected["state"].keys()
+        assert [one["param_names"] for one in found["param_groups"]] == [
+            one["param_names"] for one in expected["param_groups"]
+        ]
+        for number, state in expected["state"].items():
+            assert state.keys() == found["state"][number].keys() and state.get("step") == found["state"][number].get(
+                "step"
+            )
+            pairs += [(state[key], found["state"][number][key]) for key in state if key != "step"]
+        same = all(
+            torch.equal(value, later["state"][number][key])
+            for number, state in found["state"].items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        )
+    else:
+        same = not found["state"]  # which the first rank has
+    return {
+        "name": name,
+        "difference": max(float((one - other).abs().max()) for one, other in pairs if one.numel()),
+        "moved": any(not torch.equal(weights[key], own[key]) for key in own),
+        "resumed": same and all(torch.equal(value, resumed[key]) for key, value in own.items()),
+    }
+
+
+def main(stage: int, names: list[str]) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None  # memory shared by ranks, by an extension that takes minutes to compile
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    for name in names:
+        print("result", json.dumps(difference(name, stage)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
