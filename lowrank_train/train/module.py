@@ -213,6 +213,11 @@ class RunModule(L.LightningModule):
         self._saved_positions = saved["positions"]
         self.counters = Counters.from_saved(saved["counters"])
         self.last_checkpoint_step = int(checkpoint["global_step"])
+        # An update ends where the count of micro-batches is a multiple of those in one, of which there may be more now.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        shift = self.last_checkpoint_step * self.micro_batches - progress["current"]["ready"]
+        for counts in (progress["current"], progress["total"]):
+            counts.update({name: count + shift for name, count in counts.items()})
         if len(saved["random"]) == self.trainer.world_size:
             self.saved_random_state = saved["random"][self.global_rank]
 

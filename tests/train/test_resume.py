@@ -145,3 +145,15 @@ def test_killed_between_the_last_checkpoint_and_the_result(run: Run) -> None:
     for key in ("val_loss", "val_perplexity", "papers_val_loss", "tokens", '"steps"'):
         line = next(line for line in result.splitlines() if key in line)
         assert line in again.splitlines()
+
+
+def test_an_update_may_be_cut_into_other_micro_batches(run: Run) -> None:
+    """Two of them, one, four. 1e-5: float32 sums in another order."""
+    settings = ["data.packing=pad", "trainer.total_batch_size=16", "optim.schedule=constant"]
+    whole = run("whole", *settings, "trainer.batch_size=8")
+    run("cut", *settings, "trainer.batch_size=8", "trainer.steps=4")
+    run("cut", *settings, "trainer.batch_size=16", "trainer.steps=7")
+    cut = run("cut", *settings, "trainer.batch_size=4")
+    for ours, theirs in zip(rows_of(cut), rows_of(whole), strict=True):
+        assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])
+        assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), rel=1e-5)
