@@ -24,12 +24,8 @@ from lowrank_train.train.sharded_io import load_own
 Result = TypeVar("Result")
 
 
-class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's FSDP2 with our checkpoint folders, restored in the order in which DDP restores them."""
-
-    def __init__(self, devices: int, *, backend: str | None) -> None:
-        """`backend` of the process group; None: the accelerator's own."""
-        super().__init__(data_parallel_size=devices, tensor_parallel_size=1, process_group_backend=backend)
+class RestoredAsUnderDDP:
+    """A strategy of Lightning's that loads checkpoints when plain DDP does, model first and then the optimizer."""
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -38,6 +34,14 @@ class ShardedStrategy(ModelParallelStrategy):
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
+
+
+class ShardedStrategy(RestoredAsUnderDDP, ModelParallelStrategy):
+    """Lightning's FSDP2 with our checkpoint folders."""
+
+    def __init__(self, devices: int, *, backend: str | None) -> None:
+        """`backend` of the process group; None: the accelerator's own."""
+        super().__init__(data_parallel_size=devices, tensor_parallel_size=1, process_group_backend=backend)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None

@@ -20,14 +20,15 @@ from lowrank_train.config.zero_checks import OTHERWISE, zero_stage
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.update_stats import UpdateStats
 from lowrank_train.train.module import RunModule
+from lowrank_train.train.sharding import RestoredAsUnderDDP
 from lowrank_train.train.zero_shards import ShardOptimizer
 
 BUCKET_ELEMENTS = 200_000_000
 """Numbers that travel together: Lightning's choice for DeepSpeed, which has 5e8."""
 
 
-class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed with our checkpoint folders, restored in the order in which DDP restores them."""
+class ZeroStrategy(RestoredAsUnderDDP, DeepSpeedStrategy):
+    """Lightning's DeepSpeed with our checkpoint folders."""
 
     def __init__(self, stage: int, *, rows: int, grad_clip: float | None, **others: Any) -> None:
         """`rows` of a micro-batch, which DeepSpeed wants to know for its own log."""
@@ -45,14 +46,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             "gradient_clipping": grad_clip or 0.0,
         }
         super().__init__(config=settings, **others)
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, lr_scheduler: Any = None

@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import DataConfig
 from lowrank_train.data.chat.filling import fill_rows
 from lowrank_train.data.chat.source import Example, Examples
-from lowrank_train.data.order import permutation
+from lowrank_train.data.epochs import EpochWindows
 from lowrank_train.data.packing import Rows, count_targets
 from lowrank_train.data.tokenizer import Tokenizer
 
+OTHER_EXAMPLES = (
+    "data.train: the checkpoint was made with other examples, another way to lay them out in rows, or another seed, "
+    "and its place in them means nothing here; give the same data, or start anew with resume=false"
+)
 ROUNDED_TO = 8  # tokens: padded rows end at the longest of a micro-batch, in whole tiles of a matrix product
 
 
@@ -52,12 +55,7 @@ class RowTable:
 
 
 class ExampleBatches:
-    """Endless micro-batches of one rank.
-
-    An update takes the next `batch_size` x `micro_batches` x `world_size` rows of the epoch's order; the last of an
-    epoch takes what is left, so that an epoch holds every example once. Row i of an update belongs to rank i mod
-    `world_size`, so that any number of ranks can go on from a position.
-    """
+    """Endless micro-batches of one rank, in the order of EpochWindows."""
 
     def __init__(
         self,
@@ -76,38 +74,28 @@ class ExampleBatches:
         Raises:
             UserError: `position` belongs to other rows or another seed.
         """
-        self._table, self._seed = table, seed
-        self._batch_size, self._micro_batches = batch_size, micro_batches
-        self._rank, self._world_size = rank, world_size
-        self._identity = identity | {"seed": seed}
-        saved = [position] if isinstance(position, dict) else list(position or [])
-        for one in saved[:1]:  # every rank stands at the same place
-            if any(one.get(key) != value for key, value in self._identity.items()):
-                raise UserError(
-                    "data.train: the checkpoint was made with other examples, another way to lay them out in rows, or "
-                    "another seed, and its place in them means nothing here; give the same data, or start anew with "
-                    "resume=false"
-                )
-        self._epoch: int = saved[0]["epoch"] if saved else 0
-        self._row: int = saved[0]["row"] if saved else 0
+        self._table, self._batch_size = table, batch_size
+        self._starts = range(0, batch_size * micro_batches, batch_size)
+        self._windows = EpochWindows(
+            len(table),
+            "examples",
+            identity=identity,
+            fault=lambda saved: OTHER_EXAMPLES,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            position=position,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields micro-batches; `window_targets` counts the targets of the update on this rank."""
-        size = self._batch_size * self._micro_batches * self._world_size
-        epoch, begin = self._epoch, self._row
-        while True:
-            order = permutation(len(self._table), f"{self._seed}/{epoch}/examples")
-            while begin < len(order):
-                window = order[begin : begin + size]
-                begin += len(window)
-                mine = window[self._rank :: self._world_size]
-                position = self._identity | {"epoch": epoch, "row": begin}
-                starts = range(0, self._batch_size * self._micro_batches, self._batch_size)
-                batches = [self._table.batch(mine[at : at + self._batch_size], self._batch_size) for at in starts]
-                targets = sum(batch.pop("num_targets") for batch in batches)
-                for batch in batches:
-                    yield batch | {"window_targets": targets, "position": position, "exhausted": False}
-            epoch, begin = epoch + 1, 0
+        for _, mine, position in self._windows:
+            batches = [self._table.batch(mine[at : at + self._batch_size], self._batch_size) for at in self._starts]
+            targets = sum(batch.pop("num_targets") for batch in batches)
+            for batch in batches:
+                yield batch | {"window_targets": targets, "position": position, "exhausted": False}
 
 
 class ExampleValidation:

@@ -6,20 +6,17 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import DataConfig
+from lowrank_train.data.epochs import EpochWindows
 from lowrank_train.data.glue.encoding import EncodedRows, encode
 from lowrank_train.data.glue.reading import GlueRow, read_split, splits_of, task_of
-from lowrank_train.data.order import permutation
 from lowrank_train.data.tokenizer import Tokenizer
 
 
 class GlueBatches:
-    """Endless micro-batches of one rank.
+    """Endless micro-batches of one rank, in the order of EpochWindows.
 
-    An update takes the next `batch_size` x `micro_batches` x `world_size` rows of the epoch's order; the last of an
-    epoch takes what is left, so that an epoch holds every row once. Row i of an update belongs to rank i mod
-    `world_size`. Where nothing is left for a micro-batch, a row without a label stands in it.
+    Where nothing is left for a micro-batch, a row without a label stands in it.
     """
 
     def __init__(
@@ -39,39 +36,37 @@ class GlueBatches:
         Raises:
             UserError: `position` belongs to another task, other rows or another seed.
         """
-        self._rows, self._name, self._seed = rows, name, seed
+        self._rows, self._name = rows, name
         self._batch_size, self._micro_batches = batch_size, micro_batches
-        self._rank, self._world_size = rank, world_size
-        self._identity = {"task": name, "rows": len(rows), "seed": seed}
-        saved = [position] if isinstance(position, dict) else list(position or [])
-        for one in saved[:1]:  # every rank stands at the same place
-            for key, value in self._identity.items():
-                if one.get(key) != value:
-                    raise UserError(
-                        f"resume: the checkpoint's place is in {one.get('rows')} rows of {one.get('task')} in the "
-                        f"order of seed {one.get('seed')}, and this run has {len(rows)} rows of {name} in that of seed "
-                        f"{seed}; give the same data and seed, or start anew with resume=false"
-                    )
-        self._epoch: int = saved[0]["epoch"] if saved else 0
-        self._row: int = saved[0]["row"] if saved else 0
+
+        def fault(saved: dict[str, Any]) -> str:
+            return (
+                f"resume: the checkpoint's place is in {saved.get('rows')} rows of {saved.get('task')} in the order of "
+                f"seed {saved.get('seed')}, and this run has {len(rows)} rows of {name} in that of seed {seed}; give "
+                "the same data and seed, or start anew with resume=false"
+            )
+
+        self._windows = EpochWindows(
+            len(rows),
+            name,
+            identity={"task": name, "rows": len(rows)},
+            fault=fault,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            position=position,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields micro-batches; `window_targets` counts the rows with labels of the update on this rank."""
-        size = self._batch_size * self._micro_batches * self._world_size
-        epoch, begin = self._epoch, self._row
-        while True:
-            order = permutation(len(self._rows), f"{self._seed}/{epoch}/{self._name}")
-            while begin < len(order):
-                window = order[begin : begin + size]
-                begin += len(window)
-                mine = window[self._rank :: self._world_size]
-                position = self._identity | {"epoch": epoch, "row": begin}
-                for number in range(self._micro_batches):
-                    part = mine[number * self._batch_size : (number + 1) * self._batch_size]
-                    batch = self._rows.batch(part or window[:1], no_label=not part)
-                    batch["documents"] = [f"{self._name} {row}" for row in part]
-                    yield batch | {"window_targets": len(mine), "position": position, "exhausted": False}
-            epoch, begin = epoch + 1, 0
+        for window, mine, position in self._windows:
+            for number in range(self._micro_batches):
+                part = mine[number * self._batch_size : (number + 1) * self._batch_size]
+                batch = self._rows.batch(part or window[:1], no_label=not part)
+                batch["documents"] = [f"{self._name} {row}" for row in part]
+                yield batch | {"window_targets": len(mine), "position": position, "exhausted": False}
 
 
 class GlueValidation:
