@@ -142,14 +142,21 @@ class SORSA(SVFit):
     def scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    def swap_(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
+        super().swap_(model, names, seed)
+        for name in names:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, ThreeFactorsLinear)
+            layer.layers_in_all = len(names)
+
     def events(self) -> Sequence[Event]:
         if not self.orthonormal:
             return ()
 
         def pull(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-            share = self.orthonormal / (2 * len(layers))
             for layer in layers.values():
                 assert isinstance(layer, ThreeFactorsLinear)
+                share = self.orthonormal / (2 * layer.layers_in_all)
                 layer.left.sub_(moments.lr(layer.left) * share * skewness_gradient(layer.left))
                 layer.right.sub_(moments.lr(layer.right) * share * skewness_gradient(layer.right.T).T)
 
@@ -190,6 +197,7 @@ class ThreeFactorsLinear(ReparamLinear):
 
     choice = LoRAXS  # of the others: SVFit(rank=8).layer(linear, Origin())
     weights: ThreeFactors
+    layers_in_all = 1  # of the model, over which a mean is taken; events may come to one layer at a time
 
     def __init__(self, linear: nn.Linear, weights: ThreeFactors, origin: Origin) -> None:
         super().__init__(linear, weights, origin)

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from transformers.utils import logging as transformers_logging
 
 from lowrank_train.config.errors import EXIT_OUT_OF_MEMORY, RunStopped, UserError
 from lowrank_train.config.fsdp_checks import sharded
@@ -53,6 +54,7 @@ def local_rank() -> int:
 
 def quiet_libraries(console: Console) -> None:
     """Leave only what concerns the user: our own warnings on the console, others' errors."""
+    transformers_logging.disable_progress_bar()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in NOT_FOR_THE_USER:

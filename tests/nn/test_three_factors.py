@@ -104,10 +104,14 @@ class Rate:
         return 0.1
 
 
-def test_sorsa_pulls_along_the_gradient_of_the_mean_norm() -> None:
-    """Against autograd on the mean over all L and R of both layers, after they have left orthonormality."""
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_sorsa_pulls_along_the_gradient_of_the_mean_norm(one_by_one: bool) -> None:
+    """Against autograd on the mean over all L and R of both layers, after they have left orthonormality; also where the
+    layers come one by one, as they do from shards."""
     choice = SORSA(rank=RANK, orthonormal=0.5)
-    layers = {str(shape): built(choice, shape)[0] for shape in ((20, 12), (8, 20))}
+    model = nn.ModuleDict({"tall": nn.Linear(12, 20), "wide": nn.Linear(20, 8)}).double()
+    choice.swap_(model, ["tall", "wide"], seed=0)
+    layers = {name: layer for name, layer in model.items() if isinstance(layer, ThreeFactorsLinear)}
     generator = torch.Generator().manual_seed(0)
     factors = [factor for layer in layers.values() for factor in (layer.left, layer.right)]
     with torch.no_grad():
@@ -121,7 +125,8 @@ def test_sorsa_pulls_along_the_gradient_of_the_mean_norm() -> None:
     [event] = choice.events()
     assert event.due(1) and event.due(2)
     with torch.no_grad():
-        event.run(1, layers, Rate())
+        for part in [{name: layer} for name, layer in layers.items()] if one_by_one else [layers]:
+            event.run(1, part, Rate())
     for factor, moved in zip(factors, expected, strict=True):
         torch.testing.assert_close(factor.detach(), moved, atol=1e-12, rtol=0)
     assert SORSA(rank=RANK, orthonormal=0.0).events() == ()

@@ -28,7 +28,8 @@ from lowrank_train.optim.owners import RowShards, rows_of
 from lowrank_train.optim.sharded_state import whole_state_dict
 from lowrank_train.strategy import Strategy
 from tests.optim.bytes_by_rank import members_of, state_bytes_by_rank
-from tests.test_strategies import STRATEGIES, Toy, small
+from tests.test_strategies import Toy, small
+from tests.yeses import yeses
 
 UPDATES, SAVED, ROWS, RANKS = 5, 3, 8, 2
 POISONED = "model.layers.1.mlp.up_proj.weight"  # whose gradient is not finite in one of its rows
@@ -51,16 +52,15 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Each strategy for whole weights with accumulation and clipping after the backward pass, and inside it where its
-    file offers that."""
-    for name in STRATEGIES:
+    """Each strategy for whole weights that the support page has in rows: with accumulation and clipping after the
+    backward pass, and inside it. Reparametrised layers are in two_ranks.py."""
+    for name, when in yeses("fsdp"):
         text = (paths.CONF / "strategy" / f"{name}.yaml").read_text(encoding="utf-8")
         if re.search(r"^ *- weights:", text, flags=re.MULTILINE):
             continue
         projects = re.search(r"^ *- subspace:", text, flags=re.MULTILINE)
-        yield Case(name, "after_backward", 2, "projected" if projects else "full")
-        if re.search(r"^when: .*[^_]in_backward", text, flags=re.MULTILINE):
-            yield Case(name, "in_backward")
+        clipped = "projected" if projects else "full"
+        yield Case(name, when, 2, clipped) if when == "after_backward" else Case(name, when)
     for rounding in ("nearest", "stochastic", "compensated"):
         yield Case("galore", "after_backward", rounding=rounding)
 

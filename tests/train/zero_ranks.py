@@ -1,6 +1,6 @@
 """Run as a program, twice: strategies on the flat shards of ZeRO, beside one process on all rows.
 
-python -m tests.train.zero_ranks STAGE NAME... writes a line of JSON for each strategy.
+python -m tests.train.zero_ranks STAGE FILE writes a line of JSON for each strategy whose settings are in the file.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ import importlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lowrank_train.config.schema import StrategyConfig
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.strategy import Strategy
 from lowrank_train.train.zero_shards import ShardOptimizer
-from tests.test_strategies import Toy, configured, small
+from tests.test_strategies import Toy, small
 
 UPDATES, SAVED, ROWS, RANKS, MICRO_BATCHES, CLIP = 4, 2, 8, 2, 2, 0.5
 
 
-def built(name: str) -> tuple[Toy, TransformOptimizer]:
+def built(settings: dict[str, Any]) -> tuple[Toy, TransformOptimizer]:
     """The toy under a strategy. Adam's eps is large, for a small gradient's rounding is not to become an update's."""
     torch.manual_seed(0)
-    model, config = Toy(), small(configured(name), storage=None)
+    model, config = Toy(), small(StrategyConfig(**settings), storage=None)
     config.rest = config.rest | ({"eps": 1e-3} if "eps" in config.rest else {})
     strategy = Strategy.from_config(config, seed=1, steps=UPDATES)
     strategy.prepare(model)
@@ -41,8 +43,8 @@ def micro_batches(update: int) -> tuple[Tensor, ...]:
     return torch.randint(17, (ROWS, 9), generator=torch.Generator().manual_seed(update)).chunk(MICRO_BATCHES)
 
 
-def alone(name: str) -> tuple[Toy, dict[str, Any]]:
-    model, optimizer = built(name)
+def alone(settings: dict[str, Any]) -> tuple[Toy, dict[str, Any]]:
+    model, optimizer = built(settings)
     for update in range(UPDATES):
         optimizer.zero_grad()
         for rows in micro_batches(update):
@@ -54,10 +56,10 @@ def alone(name: str) -> tuple[Toy, dict[str, Any]]:
 class Shared:
     """The same under ZeRO."""
 
-    def __init__(self, name: str, stage: int, weights: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, settings: dict[str, Any], stage: int, weights: dict[str, Tensor] | None = None) -> None:
         import deepspeed
 
-        self.model, whole = built(name)
+        self.model, whole = built(settings)
         if weights is not None:
             self.model.load_state_dict(weights)
         self.optimizer = ShardOptimizer.like(whole)
@@ -84,16 +86,16 @@ class Shared:
                 self.engine.step()
 
 
-def difference(name: str, stage: int) -> dict[str, Any]:
+def difference(settings: dict[str, Any], stage: int) -> dict[str, Any]:
     """The largest between one process and two, in weights and state; and whether going on from a save is exact."""
-    whole, expected = alone(name)
-    shared = Shared(name, stage)
+    whole, expected = alone(settings)
+    shared = Shared(settings, stage)
     shared.train(0, SAVED)
     weights = {key: value.clone() for key, value in shared.model.state_dict().items()}
     everyones: list[Any] = [shared.optimizer.state_dict()]
     dist.broadcast_object_list(everyones, src=0)
     shared.train(SAVED, UPDATES)
-    again = Shared(name, stage, weights)
+    again = Shared(settings, stage, weights)
     again.optimizer.load_state_dict(everyones[0])
     again.train(SAVED, UPDATES)
     found, later = shared.optimizer.state_dict(), again.optimizer.state_dict()
@@ -118,14 +120,14 @@ def difference(name: str, stage: int) -> dict[str, Any]:
     else:
         same = not found["state"]  # which the first rank has
     return {
-        "name": name,
+        "name": settings["name"],
         "difference": max(float((one - other).abs().max()) for one, other in pairs if one.numel()),
         "moved": any(not torch.equal(weights[key], own[key]) for key in own),
         "resumed": same and all(torch.equal(value, resumed[key]) for key, value in own.items()),
     }
 
 
-def main(stage: int, names: list[str]) -> None:
+def main(stage: int, file: Path) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     backend: Any = importlib.import_module("deepspeed.comm.torch")
@@ -133,9 +135,9 @@ def main(stage: int, names: list[str]) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
-    for name in names:
-        print("result", json.dumps(difference(name, stage)), flush=True)
+    for settings in json.loads(file.read_text(encoding="utf-8")):
+        print("result", json.dumps(difference(settings, stage)), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), Path(sys.argv[2]))
