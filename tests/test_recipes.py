@@ -11,6 +11,7 @@ import torch
 
 from lowrank_train.config import RunConfig, compose, paths
 from lowrank_train.config.checks import micro_batches, world_size
+from lowrank_train.config.errors import UserError
 from lowrank_train.config.paths import group_choices, recipe_files, recipe_name
 from lowrank_train.config.recipes import FIELDS, read_head, table
 from lowrank_train.memory.counting import weights_bytes
@@ -199,12 +200,19 @@ def test_every_choice_of_every_group_composes() -> None:
         "data=tokens": ["data.train=[x]"],
         "data=chat": ["data.train=[x.jsonl]", "data.validation=[y.jsonl]"],
         "strategy/merge=periodic": ["strategy/weights=lora"],
+        "trainer=deepspeed_zero1": ["strategy=full"],
+        "trainer=deepspeed_zero2": ["strategy=full"],
     }
+    refused = {"launcher=slurm": "add -m", "trainer=deepspeed_zero3": "use trainer=fsdp"}
     own = ["model.path=x", "data.train=[x.jsonl]", "data.validation=[y.jsonl]"]
     needed |= {f"recipe={name}": own for name in group_choices()["recipe"] if name.startswith("finetune/")}
     for group, choices in group_choices().items():
         for choice in choices:
             word = f"{group}={choice}"
+            if word in refused:
+                with pytest.raises(UserError, match=refused[word]):
+                    compose([word, "strategy=full"])
+                continue
             config = compose([word, *needed.get(word, [])])
             node = getattr(config, group, None)
             assert node is None or group in ("optim", "trainer") or node.name == choice

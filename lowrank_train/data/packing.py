@@ -39,7 +39,7 @@ class Rows:
     def put(self, row: int, column: int, ids: Sequence[int] | np.ndarray[Any, Any], document: int) -> None:
         """Writes `ids`, a document or a piece of one, numbered `document` within its row; see `without_loss`."""
         end = column + len(ids)
-        tokens = np.asarray(ids)
+        tokens = np.asarray(ids, dtype=np.int64)  # of an empty document too
         self.input_ids[row, column:end] = np.where(tokens < 0, without_loss(tokens), tokens)
         self.labels[row, column:end] = np.where(tokens < 0, IGNORED, tokens)
         self.document_ids[row, column:end] = document

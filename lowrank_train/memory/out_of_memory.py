@@ -40,6 +40,7 @@ PHASES = {
     "train/recorder.py _evaluate_into": "evaluation",
     "train/saver.py _save": "checkpoint",
     "train/summary.py summarize": "summary",
+    "train/summary.py of_all_devices": "summary",
 }
 """Where the program is: the end of a file's path, and a function in it."""
 SUGGESTIONS = 3

@@ -163,18 +163,15 @@ def test_messages_of_fsdp_by_hand() -> None:
     assert galore[("weights, to the owners of matrices and back", "all_to_all", 1)] == pytest.approx(2 * owned / 5)
 
 
-@pytest.mark.parametrize(("stage", "reduced", "gathers"), [(1, 1, (1, 0)), (2, 3, (1, 0)), (3, 3, (0, 3))])
-def test_messages_of_zero_by_hand(stage: int, reduced: int, gathers: tuple[int, int]) -> None:
-    """ZeRO's 2 and 3 times the parameters (arXiv 1910.02054, section 7), with three micro-batches."""
+@pytest.mark.parametrize(("stage", "reduced"), [(1, 1), (2, 3)])
+def test_messages_of_zero_by_hand(stage: int, reduced: int) -> None:
+    """ZeRO's 2 times the parameters (arXiv 1910.02054, section 7), with three micro-batches."""
     got = found("strategy=full", f"trainer.strategy=deepspeed_zero{stage}", "trainer.total_batch_size=24",
-                "trainer.accelerator=gpu", "precision=bf16")  # fmt: skip
-    expected = {("gradients", "reduce_scatter", reduced): PARAMETERS / 2}
-    if gathers[0]:
-        expected[("weights, after the update", "all_gather", 1)] = PARAMETERS / 2
-    else:
-        expected |= {(f"weights, for the {way} passes", "all_gather", 3): PARAMETERS / 2
-                     for way in ("forward", "backward")}  # fmt: skip
-    assert got == expected
+                "trainer.accelerator=gpu")  # fmt: skip
+    assert got == {
+        ("gradients", "reduce_scatter", reduced): PARAMETERS,
+        ("weights, after the update", "all_gather", 1): PARAMETERS,
+    }
 
 
 def test_units_are_those_that_fsdp_cuts() -> None:

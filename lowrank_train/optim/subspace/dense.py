@@ -80,7 +80,8 @@ class DenseBasis(Subspace):
 
     def side_of(self, state: State, shape: Size) -> Side:
         sides: dict[tuple[str, ...], Side] = {KEYS[:1]: "left", KEYS[1:]: "right", KEYS: "both"}
-        return sides[tuple(self._keys(state))]
+        found = tuple(self._keys(state))
+        return sides[found] if found else resolve_side(self.side, shape)  # a block that sleeps keeps no basis
 
     def _empty(self, key: str, dimension: int, rank: int, dtype: torch.dtype, device: torch.device) -> State:
         """A basis of zeros, as it is stored."""
