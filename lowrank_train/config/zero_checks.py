@@ -17,6 +17,13 @@ def zero_stage(config: RunConfig) -> int | None:
     return int(stage) if found else None
 
 
+def missing_package(config: RunConfig) -> Iterator[str]:
+    """That DeepSpeed is not there, which says nothing of what runs with it."""
+    if zero_stage(config) is not None and importlib.util.find_spec("deepspeed") is None:
+        key = f"trainer.strategy={config.trainer.strategy}"
+        yield f"{key}: the package deepspeed is not installed; pip install -e '.[deepspeed]', or {OTHERWISE}"
+
+
 def zero_faults(config: RunConfig) -> Iterator[str]:
     """What a configuration asks for that flat shards of float32 numbers cannot give."""
     if zero_stage(config) is None:
@@ -24,8 +31,6 @@ def zero_faults(config: RunConfig) -> Iterator[str]:
     key, strategy, precision = f"trainer.strategy={config.trainer.strategy}", config.strategy, config.precision
     if config.trainer.accelerator == "cpu":
         yield f"{key}: DeepSpeed trains on GPUs only, and trainer.accelerator is cpu; {OTHERWISE}, which work there too"
-    elif config.task == "train" and importlib.util.find_spec("deepspeed") is None:
-        yield f"{key}: the package deepspeed is not installed; pip install -e '.[deepspeed]', or {OTHERWISE}"
     if zero_stage(config) == 3:
         yield (
             f"{key}: gathers weights when a module is called, and the loss, which is made of the head's weight a chunk "

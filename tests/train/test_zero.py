@@ -30,6 +30,7 @@ def test_a_run_goes_on_under_zero_and_is_exported(
     run: Callable[..., Path], tiny: Callable[..., list[str]], project_root: Path, tmp_path: Path
 ) -> None:
     """Three updates by one process, three by two: as six by one, in float32."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     one = run("one", *SETTINGS, "trainer.batch_size=8")
     start = checkpoint_folder(one / "checkpoints", 3)
     devices = ["trainer.strategy=deepspeed_zero2", "trainer.devices=2", "trainer.batch_size=4"]
