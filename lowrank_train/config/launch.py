@@ -8,7 +8,6 @@ from typing import Literal
 
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
-from lowrank_train.config.zero_checks import missing_package
 
 FIRST_NAMED_STEP = 0xFFFFFFF0  # steps from here on are none of srun's tasks: a batch script, salloc's own shell
 SHELLS = ("bash", "interactive")  # names of jobs that are a shell: `srun --pty bash`, and salloc's default
@@ -37,8 +36,8 @@ def is_first_process(env: Mapping[str, str]) -> bool:
 
 
 def check_launch(config: RunConfig, env: Mapping[str, str]) -> None:
-    """Raise UserError where the processes do not fit the devices of the configuration, or lack a package for them."""
-    faults = [*launch_faults(config, env), *missing_package(config)]
+    """Raise UserError where the processes that were started do not fit the devices of the configuration."""
+    faults = list(launch_faults(config, env))
     if faults:
         raise UserError(faults)
 

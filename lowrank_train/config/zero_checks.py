@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
+from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
 
 ZERO = "deepspeed_zero"  # and the number of the stage: 1 shares out the state, 2 the gradients too, 3 the weights too
@@ -17,11 +18,11 @@ def zero_stage(config: RunConfig) -> int | None:
     return int(stage) if found else None
 
 
-def missing_package(config: RunConfig) -> Iterator[str]:
-    """That DeepSpeed is not there, which says nothing of what runs with it."""
+def require_package(config: RunConfig) -> None:
+    """UserError where DeepSpeed is not installed, which says nothing of what runs with it."""
     if zero_stage(config) is not None and importlib.util.find_spec("deepspeed") is None:
         key = f"trainer.strategy={config.trainer.strategy}"
-        yield f"{key}: the package deepspeed is not installed; pip install -e '.[deepspeed]', or {OTHERWISE}"
+        raise UserError(f"{key}: the package deepspeed is not installed; pip install -e '.[deepspeed]', or {OTHERWISE}")
 
 
 def zero_faults(config: RunConfig) -> Iterator[str]:

@@ -14,6 +14,7 @@ from lowrank_train.config.files import to_container
 from lowrank_train.config.fsdp_checks import sharded
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.weights_checks import weights_remarks
+from lowrank_train.config.zero_checks import require_package
 from lowrank_train.data import Tokenizer, load_tokenizer
 from lowrank_train.evaluate.loading import DTYPES, pick_device
 from lowrank_train.evaluate.samples import SAMPLES_FILE, Samples
@@ -63,6 +64,7 @@ def train(config: RunConfig) -> int:
     config, chat = read_chat(config)
     config = with_length(config, None if chat is None else len(chat.rows))
     refuse_parallel(config)
+    require_package(config)
     with contextlib.closing(prepare_run_folder(config, is_first_rank=is_first_rank())) as folder:
         console = Console(folder.path / "log.txt", silent=not is_first_rank())
         quiet_libraries(console)

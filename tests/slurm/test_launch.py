@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from lowrank_train.cli import main
-from lowrank_train.config import UserError, compose
-from lowrank_train.config.launch import check_launch, is_first_process, launch_faults, started_by, tasks_per_node
+from lowrank_train.config.launch import is_first_process, launch_faults, started_by, tasks_per_node
 from lowrank_train.config.schema import RunConfig, TrainerConfig
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "lowrank", "SLURM_PROCID": "0"}  # the script that sbatch was given
@@ -105,11 +104,3 @@ def test_who_speaks() -> None:
     assert is_first_process(srun("2")) and not is_first_process({**srun("2"), "SLURM_PROCID": "1"})
     assert not is_first_process({**torchrun(2, 2), "RANK": "1"})
     assert is_first_process({**BATCH, "SLURM_PROCID": "0"}) and not is_first_process({"LOCAL_RANK": "1"})
-
-
-def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything heavy is imported; the support page does not depend on it."""
-    monkeypatch.setattr("lowrank_train.config.zero_checks.importlib.util.find_spec", lambda name: None)
-    config = compose(["recipe=null", "strategy=full", "trainer=deepspeed_zero1", "trainer.accelerator=auto"])
-    with pytest.raises(UserError, match=r"deepspeed is not installed; pip install -e '\.\[deepspeed\]'"):
-        check_launch(config, {})

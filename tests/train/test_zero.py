@@ -14,6 +14,7 @@ import torch
 from lowrank_train.checkpoint import checkpoint_folder
 from lowrank_train.cli import main
 from lowrank_train.config import UserError, compose
+from lowrank_train.config.zero_checks import require_package
 from lowrank_train.optim.groups import Group
 from lowrank_train.optim.moments import Adam
 from lowrank_train.optim.optimizer import TransformOptimizer
@@ -76,6 +77,14 @@ def test_what_flat_shards_cannot_give_is_refused(words: list[str], reason: str) 
     with pytest.raises(UserError, match=r"trainer\.strategy=deepspeed_zero") as refusal:
         compose(["recipe=null", "trainer=deepspeed_zero2", *words])
     assert reason in str(refusal.value)
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what runs with it; the support page does not depend on what is installed."""
+    monkeypatch.setattr("lowrank_train.config.zero_checks.importlib.util.find_spec", lambda name: None)
+    config = compose(["recipe=null", "strategy=full", "trainer=deepspeed_zero1", "trainer.accelerator=auto"])
+    with pytest.raises(UserError, match=r"deepspeed is not installed; pip install -e '\.\[deepspeed\]'"):
+        require_package(config)
 
 
 def test_without_a_gpu_the_machine_is_named() -> None:
