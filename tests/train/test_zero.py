@@ -81,8 +81,8 @@ def test_what_flat_shards_cannot_give_is_refused(words: list[str], reason: str) 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what runs with it; the support page does not depend on what is installed."""
-    monkeypatch.setattr("lowrank_train.config.zero_checks.importlib.util.find_spec", lambda name: None)
     config = compose(["recipe=null", "strategy=full", "trainer=deepspeed_zero1", "trainer.accelerator=auto"])
+    monkeypatch.setattr("lowrank_train.config.zero_checks.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"deepspeed is not installed; pip install -e '\.\[deepspeed\]'"):
         require_package(config)
 
