@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
@@ -148,6 +149,18 @@ def cluster_environment(settings: TrainerConfig) -> list[object]:
     if starter == "alone" and "SLURM_JOB_ID" in os.environ:
         return [LightningEnvironment()]  # Lightning takes every process in an allocation for one of srun's tasks
     return []
+
+
+def leave_together() -> None:
+    """At a run's end, on all ranks: wait for the others, then end the process group.
+
+    Left to the interpreter's exit, gloo's threads now and then abort a process whose work is done (pytorch issue
+    190489), and Lightning then kills the first rank too, which may still be writing its results. Not for a rank that
+    failed alone: the others wait for it in the backward pass, not here.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from lowrank_train.train.machinery import (
     build_trainer,
     explained_failures,
     is_first_rank,
+    leave_together,
     local_rank,
     micro_batches_of,
     quiet_libraries,
@@ -94,6 +95,7 @@ def train(config: RunConfig) -> int:
             write_result(folder.path / RESULT_FILE, result)
             draw(folder)
             show_card(console, result)
+        leave_together()
     return 0
 
 
@@ -249,6 +251,7 @@ def fit(
             if table is not None:
                 table.close()
     if saver.stopped_by_signal:
+        leave_together()
         raise saver.stopped(f" after step {module.last_checkpoint_step:,}; everything is saved. {AGAIN}")
     return True
 

@@ -83,6 +83,9 @@ def shard_(model: nn.Module, mesh: DeviceMesh, *, autocast: bool) -> None:
     fully_shard(model, mesh=mesh)
     setattr(model, AS_FORWARD, MethodType(_call, model))
     register_fsdp_forward_method(model, AS_FORWARD)
+    # The first pass settles in which dtype a unit's gradients are averaged, by those that ask for one: all, as yet.
+    getattr(model, AS_FORWARD)(lambda: None)
+    gather_no_more(model)
 
 
 def gather_no_more(model: nn.Module) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from lowrank_train.train.machinery import leave_together
 from tests.train.conftest import rows_of, saved
 
 Words = Callable[..., list[str]]
@@ -45,3 +47,11 @@ def test_a_run_moves_from_one_process_to_two_and_back(
     seen = [sorted((folder / "documents.csv").read_text(encoding="utf-8").splitlines()) for folder in (alone, moved)]
     documents = [[line.rpartition(",")[2] for line in lines] for lines in seen]
     assert sorted(documents[0]) == sorted(documents[1])
+
+
+def test_a_run_leaves_no_process_group_behind(tmp_path: Path) -> None:
+    """Whose threads can abort the interpreter while it exits."""
+    leave_together()  # alone there is none
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    leave_together()
+    assert not dist.is_initialized()
