@@ -153,14 +153,17 @@ def glue_runs(rows: Rows) -> list[str]:
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         of = [row for row in rows if row["task"] == task]
-        for metric in of[0]["metrics"]["validation"]:
+        start = of[0].get("start")
+        split = next(iter(of[0]["metrics"]))
+        for metric in of[0]["metrics"][split]:
             found = {
-                name: [100 * row["metrics"]["validation"][metric] for row in of if row["strategy"] == name]
+                name: [100 * row["metrics"][split][metric] for row in of if row["strategy"] == name]
                 for name in strategies
             }
             common = of[0]["commonest_label_metrics"]
             lines.append((
-                task, metric, "not defined" if common is None else f"{100 * common['validation'][metric]:.1f}",
+                f"{task} from {start}" if start else task, metric,
+                "not defined" if common is None else f"{100 * common[split][metric]:.1f}",
                 *map(median_and_span, found.values()),
                 f"{of[0]['train_rows'] or 'all'}", of[0]["validation_rows"], of[0]["epochs"],
             ))  # fmt: skip
@@ -246,8 +249,9 @@ both moments. `python -m benchmarks.storage`""",
         "Fine-tuning on GLUE",
         """The packed encoder all-MiniLM-L6-v2 (22.7M parameters, 6 layers, 384 wide) on part of the training rows, a
 few epochs, one learning rate for each strategy on all tasks: what shows is that each strategy learns, not which is
-best. The last evaluation on the whole validation split, in percent; *commonest label* is what giving the same label to
-every row has (correlations: not defined). Matrix products in bfloat16, all else in float32.
+best. RTE, with its few rows, starts from the run on MNLI at full rank, as in LoRA's runs; MNLI itself is evaluated on
+1,000 matched rows. The last evaluation on the whole validation split, in percent; *commonest label* is what giving the
+same label to every row has (correlations: not defined). Matrix products in bfloat16, all else in float32.
 `python -m benchmarks.glue_runs --data FOLDER`""",
         glue_runs,
     ),
