@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lowrank_train.config import UserError, compose, paths
 from lowrank_train.config.parts import AXES, TARGET
 from lowrank_train.config.schema import RunConfig, StrategyConfig
-from lowrank_train.data import load_tokenizer
+from lowrank_train.data import tokenizer_of
 from lowrank_train.memory.counting import bytes_of
 from lowrank_train.models import meta_model, outputs_of
 from lowrank_train.nn.reparam import layers_of
@@ -43,7 +43,7 @@ def explain(config: RunConfig) -> int:
 
 def explanation(config: RunConfig) -> list[str]:
     """The lines of `explain`."""
-    vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    vocab_size = config.model.vocab_size or tokenizer_of(config).vocab_size
     model = meta_model(
         config.model,
         vocab_size=vocab_size,
@@ -149,7 +149,7 @@ def kinds_by_name(strategy: Strategy, model: PreTrainedModel) -> dict[str, dict[
     found: dict[str, dict[str, int]] = {}
     for param, slot in optimizer.slots.items():
         kinds = found.setdefault(slot.name, {})
-        for key, value in optimizer.state_of(param).items():
+        for key, value in optimizer.kept_of(param).items():
             if isinstance(value, Tensor):
                 kind = key.partition("_")[0].partition(".")[0] if key.startswith("basis") else key.partition(".")[0]
                 kinds[kind] = kinds.get(kind, 0) + value.numel() * value.element_size()
@@ -179,8 +179,8 @@ def described(rows: Iterable[Assignment], kinds: Mapping[str, Mapping[str, int]]
 
 
 def anonymous(name: str) -> str:
-    """A parameter's name without the number of its layer."""
-    return re.sub(r"\.\d+\.", ".*.", name)
+    """A parameter's name without the numbers of its layer and of its place in a list."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def tensor_table(found: Iterable[Described]) -> list[str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from lowrank_train.config.schema import DataConfig, ModelConfig
 from lowrank_train.config.seeding import seed_from_name
 from lowrank_train.data.glue import TASKS
 from lowrank_train.kernels.cross_entropy import linear_cross_entropy_sum
+from lowrank_train.load_errors import allowed_weights, model_errors
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def architecture(model: ModelConfig, *, vocab_size: int, outputs: int | None = N
     """The transformers configuration. UserError when the tokenizer has more pieces than the model has rows."""
     if model.kind == "hf":
         assert model.path is not None, "config checks demand model.path"
-        with user_errors(f"model.path={model.path}"):
+        with model_errors(model):
             config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     else:
         config = LlamaConfig(
@@ -106,7 +106,7 @@ def build_model(
         built = _with_row_head(model, vocab_size, dtype, seed, outputs).to(device)
     elif model.kind == "hf" and model.pretrained:
         architecture(model, vocab_size=vocab_size)
-        with user_errors(f"model.path={model.path}"), allowed_weights(model):
+        with model_errors(model), allowed_weights(model):
             built = AutoModelForCausalLM.from_pretrained(
                 model.path,
                 revision=model.revision,
@@ -133,7 +133,7 @@ def build_model(
 def _with_row_head(model: ModelConfig, vocab_size: int, dtype: torch.dtype, seed: int, outputs: int) -> PreTrainedModel:
     """A pre-trained body under a head of `outputs` numbers. UserError where the folder lacks a part of the body."""
     config, path = architecture(model, vocab_size=vocab_size, outputs=outputs), model.path
-    with user_errors(f"model.path={path}"), allowed_weights(model):
+    with model_errors(model), allowed_weights(model):
         built, loaded = AutoModelForSequenceClassification.from_pretrained(
             model.path,
             config=config,
@@ -230,6 +230,19 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def common_to_blocks(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that several blocks of layers use."""
+    found = Counter(param for block in blocks_of(model) for param in block.parameters())
+    return [param for param, count in found.items() if count > 1]
+
+
+def around_blocks(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are no single block's: outside of all, or common to several."""
+    common = set(common_to_blocks(model))
+    inside = {param for block in blocks_of(model) for param in block.parameters()} - common
+    return [param for param in model.parameters() if param not in inside]
+
+
 def within_documents(document_ids: Tensor) -> dict[str, Tensor]:
     """Attention mask (rows, 1, positions, positions) and positions that start anew with each document."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device)
@@ -270,31 +283,3 @@ def has_output_scaling(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "dim_model_base")
     return any(getattr(config, name, None) not in (None, 1, 1.0) for name in names)
-
-
-@contextmanager
-def user_errors(what: str) -> Iterator[None]:
-    """Turn what transformers raises for a wrong path or an unsafe file into a UserError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        told = str(error).strip().splitlines()[0]
-        if "trust_remote_code" in str(error):
-            told = "it brings code of its own, which is never run; use a model that transformers itself knows"
-        raise UserError(f"{what} cannot be loaded: {told}") from error
-
-
-@contextmanager
-def allowed_weights(model: ModelConfig) -> Iterator[None]:
-    """Say of a folder with nothing but pickles why they are not read, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        folder = Path(model.path or "")
-        pickles = sorted(file.name for file in folder.glob("*.bin")) if folder.is_dir() else []
-        if model.allow_pickle or not pickles or any(folder.glob("*.safetensors")):
-            raise
-        raise UserError(
-            f"model.path={model.path}: has its weights only as a pickle ({pickles[0]}), which can run code when it is "
-            "read; convert it to safetensors, or say model.allow_pickle=true where you trust whoever made it"
-        ) from error

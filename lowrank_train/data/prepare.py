@@ -24,7 +24,7 @@ from lowrank_train.config.errors import EXIT_DISK_FULL, RunStopped, UserError
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.data.documents import Source, check_readable, open_source
 from lowrank_train.data.files import is_remote
-from lowrank_train.data.tokenizer import Tokenizer, load_tokenizer
+from lowrank_train.data.tokenizer import Tokenizer, tokenizer_of
 from lowrank_train.data.tokens import INDEX, Shard, file_sha256, read_index, write_aside, write_index
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def prepare(config: RunConfig) -> int:
         raise UserError("out is not set: lowrank data prepare needs a folder to write to (out=FOLDER)")
     if data.source == "tokens":
         raise UserError("data.source=tokens: these are prepared already; choose the text, e.g. data=c4")
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = tokenizer_of(config)
     splits = {"train": data.train, "validation": data.validation}
     sources = {split: open_source(data, split, tokenizer) for split, addresses in splits.items() if addresses}
     if not sources:

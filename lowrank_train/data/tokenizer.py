@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_train.config.errors import UserError
+from lowrank_train.config.schema import RunConfig
 from lowrank_train.data.files import did_you_mean, find_local
+from lowrank_train.data.hub import download_command, out_of_reach, why_not
 
 # What `save` compares and what a fingerprint covers: words, digits, spaces, line breaks, contractions, foreign letters.
 SAMPLE_TEXTS = (
@@ -168,10 +170,20 @@ class HuggingFaceTokenizer(Tokenizer):
         return list(self._tokenizer.get_vocab().items())
 
 
-def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
+def tokenizer_of(config: RunConfig) -> Tokenizer:
+    """The tokenizer of a run; a model's own, from the hub, is that of `model.revision`. UserError as load_tokenizer."""
+    data, model = config.data, config.model
+    own = data.tokenizer == model.path
+    try:
+        return load_tokenizer(data.tokenizer, data.chat_template, revision=model.revision if own else None)
+    except UserError as error:
+        raise UserError(f"model.path={model.path}: {error}" if own else error.faults) from error
+
+
+def load_tokenizer(path: str, chat_template: str | None = None, *, revision: str | None = None) -> Tokenizer:
     """The tokenizer `path` names: a `.model` or `tokenizer.json` file, a folder, or a name on the hub.
 
-    `chat_template`: in place of its own.
+    `chat_template`: in place of its own. `revision`: the commit, of a name on the hub.
 
     Relative paths are looked for from the current folder, then from the project's root. Nothing is downloaded unless
     `path` is a hub name that is not in the cache; no code of a repository is ever run.
@@ -179,18 +191,18 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
     Raises:
         UserError: there is no such file, folder or name, or it is not a tokenizer.
     """
-    tokenizer = _load(path)
+    tokenizer = _load(path, revision)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
 
 
-def _load(path: str) -> Tokenizer:
+def _load(path: str, revision: str | None) -> Tokenizer:
     if not path:
         raise UserError("data.tokenizer is empty: give a .model file, a tokenizer.json, a folder or a hub name")
     found = find_local(path)
     if found is None:
-        return _from_hub(path)
+        return _from_hub(path, revision)
     if found.is_dir():
         models = sorted(found.glob("*.model"))
         described = any((found / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
@@ -238,19 +250,18 @@ def _from_folder(folder: Path) -> Tokenizer:
     return HuggingFaceTokenizer(tokenizer)
 
 
-def _from_hub(name: str) -> Tokenizer:
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+def _from_hub(name: str, revision: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     looks_like_path = name.endswith((".model", ".json")) or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path:
         raise UserError(f"data.tokenizer={name}: there is no such file or folder{did_you_mean(name)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        why = "HF_HUB_OFFLINE is set and the cache does not have it" if HF_HUB_OFFLINE else str(error).splitlines()[0]
+        fetch = f"fetch it where there is a network ({download_command(name, revision)}), or "
         raise UserError(
-            f"data.tokenizer={name} is neither a file or folder here nor a tokenizer the hub gives: {why}. "
-            f"Fetch it where there is a network (hf download {name}), or set data.tokenizer to a folder or .model file"
+            f"data.tokenizer={name} is neither a file or folder here nor a tokenizer the hub gives: {why_not(error)}; "
+            f"{fetch if out_of_reach(error) else ''}set data.tokenizer to a folder or .model file"
         ) from error
     return HuggingFaceTokenizer(tokenizer)

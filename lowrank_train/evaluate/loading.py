@@ -14,8 +14,9 @@ from transformers.utils import logging as transformers_logging
 from lowrank_train.checkpoint import Kind, checkpoint_step, load_weights, newest_complete, read_manifest
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig, TrainerConfig
-from lowrank_train.data import Tokenizer, load_tokenizer
-from lowrank_train.models import auto_class, build_model, outputs_of, user_errors
+from lowrank_train.data import Tokenizer, load_tokenizer, tokenizer_of
+from lowrank_train.load_errors import user_errors
+from lowrank_train.models import auto_class, build_model, outputs_of
 from lowrank_train.strategy import Strategy
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def _open_run(config: RunConfig, folder: Path, device: torch.device) -> Trained:
     if checkpoint is None:
         raise UserError(f"run={folder} holds no complete checkpoint; train it first: python train.py")
     manifest = read_manifest(checkpoint)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.chat_template)
+    tokenizer = tokenizer_of(config)
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise UserError(
             f"data.tokenizer={config.data.tokenizer} is not the tokenizer that {folder} was trained with; "

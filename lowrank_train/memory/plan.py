@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lowrank_train.config.checks import micro_batches, world_size
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
-from lowrank_train.data import load_tokenizer
+from lowrank_train.data import tokenizer_of
 from lowrank_train.memory.cards import CARDS, Card, allowances, chosen_card
 from lowrank_train.memory.counting import flops_per_position
 from lowrank_train.memory.extrapolating import DEEPER, SHALLOW, NotAlike, extrapolated
@@ -188,7 +188,7 @@ def vocabulary(config: RunConfig, remarks: list[str]) -> int:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     try:
-        return load_tokenizer(config.data.tokenizer).vocab_size
+        return tokenizer_of(config).vocab_size
     except UserError:
         if config.model.kind == "hf":
             remarks.append(f"tokenizer {config.data.tokenizer} is not at hand, and taken to fit the model")
@@ -273,7 +273,7 @@ def cautions(config: RunConfig) -> list[str]:
     if config.precision.compute == "bf16-mixed" and Shares.of(config).by_rows:
         found.append("autocast's bfloat16 copies of weights are counted, which FSDP2 does not keep")
     if Shares.of(config).masters:
-        found.append("DeepSpeed's buckets and what it gathers ahead of time are left out")
+        found.append("DeepSpeed's buckets are left out")
     if config.strategy.blocks is not None:
         found.append("the blocks that train at the beginning are planned with; others may be larger")
     return found

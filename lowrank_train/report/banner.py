@@ -53,7 +53,7 @@ def assignment_lines(rows: Sequence[Assigned]) -> list[str]:
     """A table with one line for all parameters that differ only in the number of their layer."""
     groups: dict[tuple[object, ...], list[Assigned]] = {}
     for row in rows:
-        pattern = re.sub(r"\.\d+\.", ".*.", row.name)
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", row.name)
         groups.setdefault((pattern, row.role, row.shape, row.side, row.rank), []).append(row)
     cells = [("parameter", "count", "shape", "rule", "rank", "side", "state")]
     for (group, role, shape, side, rank), members in groups.items():

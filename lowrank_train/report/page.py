@@ -197,7 +197,7 @@ def event_rows(run: RunRecord) -> Rows:
     happened: dict[str, list[str]] = {}
     for row in run.rows:
         for kind in filter(None, (row.get("events") or "").split("; ")):
-            happened.setdefault(kind, []).append(row["step"])
+            happened.setdefault(kind.partition(" x")[0], []).append(row["step"])  # however many times
     for kind, steps in happened.items():
         after = f"after update {steps[0]}" if len(steps) == 1 else f"after updates {steps[0]} to {steps[-1]}"
         yield kind, f"{len(steps)} x, {after}"

@@ -25,7 +25,7 @@ def plot_loss(
     losses = [float(row["train/loss"]) for row in rows]
     validated = [(int(row["step"]), float(row["val/loss"])) for row in rows if row["val/loss"]]
     refreshed = [int(row["step"]) for row in rows if float(row["optim/refreshes"] or 0) > 0]
-    happened = [(int(row["step"]), row["events"]) for row in rows if row.get("events")]
+    happened = [(int(row["step"]), row["events"].partition(" x")[0]) for row in rows if row.get("events")]
     figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")  # not pyplot: no display, no global state
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each update")

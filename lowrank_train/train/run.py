@@ -14,8 +14,8 @@ from lowrank_train.config.files import to_container
 from lowrank_train.config.fsdp_checks import sharded
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.weights_checks import weights_remarks
-from lowrank_train.config.zero_checks import require_package
-from lowrank_train.data import Tokenizer, load_tokenizer
+from lowrank_train.config.zero_checks import require_package, zero_stage
+from lowrank_train.data import Tokenizer, tokenizer_of
 from lowrank_train.evaluate.loading import DTYPES, pick_device
 from lowrank_train.evaluate.samples import SAMPLES_FILE, Samples
 from lowrank_train.memory.counting import weights_bytes
@@ -73,7 +73,7 @@ def train(config: RunConfig) -> int:
         if folder.finished is not None:
             return show_finished(console, folder)
         seed_everything(config.seed, threads=config.trainer.threads)
-        tokenizer = load_tokenizer(config.data.tokenizer) if chat is None else chat.tokenizer
+        tokenizer = tokenizer_of(config) if chat is None else chat.tokenizer
         data = prepare_data(config, tokenizer) if chat is None else prepare_chat(config, chat)
         build = functools.partial(build_module, tokenizer=tokenizer, data=data, device=device)
         generators = random_state()
@@ -107,7 +107,7 @@ def build_module(config: RunConfig, *, tokenizer: Tokenizer, data: RunData, devi
             vocab_size=tokenizer.vocab_size,
             dtype=DTYPES[config.precision.weights],
             # A model to be sharded moves to the devices a layer at a time: whole it may be too much for one.
-            device="cpu" if sharded(config) else device,
+            device="cpu" if sharded(config) or zero_stage(config) == 3 else device,
             seed=config.seed,
             outputs=outputs_of(config.data),
         )

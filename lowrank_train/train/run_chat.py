@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 
 from lowrank_train.config.schema import RunConfig
-from lowrank_train.data import Tokenizer, data_fingerprint, load_tokenizer
+from lowrank_train.data import Tokenizer, data_fingerprint, tokenizer_of
 from lowrank_train.data.chat import (
     ExampleBatches,
     Examples,
@@ -44,7 +44,7 @@ def read_chat(config: RunConfig) -> tuple[RunConfig, ChatData | None]:
     data = config.data
     if data.chat_template is not None:  # its text, so that the run needs no file later
         data = dataclasses.replace(data, chat_template=template_text(data.chat_template))
-    tokenizer = load_tokenizer(data.tokenizer, data.chat_template)
+    tokenizer = tokenizer_of(dataclasses.replace(config, data=data))
     training, validation = (open_examples(data, split, tokenizer) for split in ("train", "validation"))
     generate = config.generate
     if generate.chat is None:

@@ -14,6 +14,7 @@ from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import DataConfig
 from lowrank_train.data.files import did_you_mean, find_local
 from lowrank_train.data.glue.tasks import HUB_REPOSITORY, HUB_REVISION, LARGEST_SCORE, TASKS, GlueTask, file_stems
+from lowrank_train.data.hub import download_command, why_not
 from lowrank_train.data.order import permutation
 
 log = logging.getLogger(__name__)
@@ -112,10 +113,10 @@ def _from_hub(data: DataConfig, split: str) -> Path:
     try:
         return Path(hf_hub_download(HUB_REPOSITORY, name, repo_type="dataset", revision=revision))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        command = download_command(HUB_REPOSITORY, revision, "--repo-type dataset", f"--include '{data.task}/*'")
         raise UserError(
             f"data.task={data.task}: {name} of {HUB_REPOSITORY} is not in the cache and cannot be fetched "
-            f"({str(error).splitlines()[0]}); fetch it where there is a network (hf download {HUB_REPOSITORY} "
-            f"--repo-type dataset --revision {revision} --include '{data.task}/*'), or give data.folder=FOLDER"
+            f"({why_not(error)}); fetch it where there is a network ({command}), or give data.folder=FOLDER"
         ) from error
 
 
