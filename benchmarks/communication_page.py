@@ -62,7 +62,7 @@ matrices in a subspace and g_p of their projections, B of their bases, and a bas
   Every other matrix has an owner: in each update an all-to-all of gradient, of weights, and of new weights back.
 * **ZeRO**: stage 1 a reduce-scatter of G and an all-gather of the trained weights once an update; stage 2 the
   reduce-scatter k times; stage 3 as FSDP2, k times two all-gathers and the reduce-scatter (arXiv 1910.02054, section
-  7).
+  7), but for parameters of at most 100,000 numbers, which are gathered once an update and then stay whole.
 
 Left out: flags, norms and sums (a few bytes a parameter), the first distribution of weights, evaluations,
 checkpoints, and DeepSpeed's padding. NCCL takes trees for small messages and switches that add up on the way where

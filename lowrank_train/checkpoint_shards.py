@@ -92,9 +92,16 @@ def put_together(tree: Any, folder: Path, empty_rows: Callable[[Size, torch.dtyp
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its rows, or all."""
+    """What this process holds of a tensor: its rows, its part of a parameter under ZeRO's stage 3, or all."""
+    tensor = getattr(tensor, "ds_tensor", tensor)
     own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own
+
+
+def whole_shape(tensor: Tensor) -> Size:
+    """That of all parts together; ZeRO's stage 3 leaves a parameter empty while its parts lie on all devices."""
+    found: Size = getattr(tensor, "ds_shape", tensor.shape)
+    return found
 
 
 def _with_tensors(tree: Any, into: dict[str, Tensor], empty_rows: Callable[[Size, torch.dtype], Tensor] | None) -> Any:

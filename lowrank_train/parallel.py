@@ -15,7 +15,7 @@ from lowrank_train.config.parallel_checks import replicated
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.strategy_checks import micro_batches, world_size
 from lowrank_train.config.zero_checks import OTHERWISE, zero_stage
-from lowrank_train.models import blocks_of, meta_model, outputs_of
+from lowrank_train.models import around_blocks, blocks_of, meta_model, outputs_of
 from lowrank_train.nn.reparam import layers_of
 from lowrank_train.optim.activity import is_trainable
 from lowrank_train.optim.blocks import Blocks
@@ -97,8 +97,8 @@ def _restructuring(config: RunConfig, strategy: Strategy) -> Iterator[str]:
     if names and not replicated(config):
         yield (
             f"trainer.devices: strategy {strategy.name} changes what is trained in the middle of a run "
-            f"({', '.join(names)}), and {world_size(config)} devices add up the gradients of what was trained at its "
-            f"start; {ALONE}"
+            f"({', '.join(names)}), and {world_size(config)} devices cut up and gather what was there at its start; "
+            f"use {IN_WHOLE}"
         )
 
 
@@ -139,26 +139,13 @@ def _rows(strategy: Strategy, model: nn.Module) -> Iterator[str]:
     key = f"trainer.strategy=fsdp: strategy {strategy.name}"
     if rank_local_names(model):
         yield f"{key} has weights of each device's own, and all devices share one set; use {IN_WHOLE}"
-    joint = dict.fromkeys(event.name for event in strategy.events if event.together)
-    if joint:
-        said = ", ".join(joint)
-        yield f"{key} looks at all layers at once ({said}), and one of them is whole at a time; use {IN_WHOLE}"
-    blocks = blocks_of(model)
-    blocks_with: dict[int, set[int]] = {}
-    names = {id(param): name for name, param in model.named_parameters()}
-    for number, block in enumerate(blocks):
-        for param in block.parameters():
-            blocks_with.setdefault(id(param), set()).add(number)
-    common = [names[found] for found, numbers in blocks_with.items() if len(numbers) > 1]
-    if common:
-        yield f"{key} shares {common[0]} among blocks of layers, which are gathered one by one; use {IN_WHOLE}"
     scalars = [name for name, param in model.named_parameters() if param.ndim == 0]
     if scalars:
         yield f"{key} has {scalars[0]}, a single number, which has no rows; use {IN_WHOLE}"
-    for block in blocks:
-        dtypes = sorted(
-            {str(param.dtype).removeprefix("torch.") for param in block.parameters() if is_trainable(param)}
-        )
+    around = around_blocks(model)
+    units = [[param for param in block.parameters() if param not in set(around)] for block in blocks_of(model)]
+    for unit in (*units, around):
+        dtypes = sorted({str(param.dtype).removeprefix("torch.") for param in unit if is_trainable(param)})
         if len(dtypes) > 1:
             yield f"{key} trains parameters in {' and '.join(dtypes)}, which do not travel together; use {IN_WHOLE}"
             break

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_train.checkpoint_shards import whole_shape
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.parts import instantiate
 from lowrank_train.config.schema import StrategyConfig
@@ -21,6 +22,7 @@ from lowrank_train.optim.activity import is_trainable, put_to_sleep
 from lowrank_train.optim.blocks import Blocks
 from lowrank_train.optim.composed import rule_for_selected, stored
 from lowrank_train.optim.exact_optimizer import bytes_by_kind
+from lowrank_train.optim.fast_forward import FastForward
 from lowrank_train.optim.groups import Group
 from lowrank_train.optim.in_subspace import InSubspace
 from lowrank_train.optim.moments_of import changing_weights, moments_of
@@ -62,6 +64,7 @@ class Strategy:
     state_dtype: torch.dtype | None  # None: each parameter's own
     seed: int
     rounding: Rounding = "nearest"  # of bfloat16 weights as they are updated
+    repeat: FastForward | None = None  # repeats some updates while held-out rows get easier; None: none
 
     @classmethod
     def from_config(
@@ -87,6 +90,7 @@ class Strategy:
             merge = None if config.merge is None else instantiate(config.merge)
             selected = rule_for_selected(config, seed)
             rest = stored(instantiate(config.rest), config, of_rest=True)
+            repeat = None if config.repeat is None else instantiate(config.repeat)
         except UserError:
             raise
         except ValueError as error:
@@ -104,6 +108,7 @@ class Strategy:
             state_dtype=state_dtype,
             seed=seed,
             rounding=rounding,
+            repeat=repeat,
         )
 
     def prepare(self, model: nn.Module) -> None:
@@ -150,6 +155,7 @@ class Strategy:
                 basis_under_accumulation=self.basis_under_accumulation,
                 rounding=self.rounding,
                 count_lost_updates=count_lost_updates,
+                remember=self.repeat is not None,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -176,9 +182,15 @@ class Strategy:
 
     @torch.no_grad()
     def run_events(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, layerwise: Layerwise = at_once
-    ) -> list[Event]:
-        """Everything that is due after update number `step`, counted from 1; what has happened, in order."""
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, layerwise: Layerwise = at_once,
+        held_out_loss: Callable[[], float] | None = None,
+    ) -> list[Event]:  # fmt: skip
+        """Everything that is due after update number `step`, counted from 1; what has happened, in order.
+        held_out_loss: mean loss of the model as it is on a few rows that it is not trained on, alike on all ranks."""
+        happened = []
+        with changing_weights(optimizer):
+            if self.repeat is not None and (count := self.repeat.after(step, optimizer, held_out_loss)):
+                happened = [Event(f"update repeated x{count}", lambda number, layers, moments: None, step)]
         due = [event for event in self.events if event.due(step)]
         if due:
             layers, moments = layers_of(model), moments_of(optimizer)
@@ -190,11 +202,11 @@ class Strategy:
                             due[index] = replace(event, name=said, quiet=False)
             if isinstance(optimizer, TransformOptimizer):
                 self.regroup(model, optimizer)
-        return due
+        return happened + due
 
-    def dense_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The plain dense weights that evaluation, export and everybody else sees."""
-        return dense_state_dict(model)
+    def dense_state_dict(self, model: nn.Module, arithmetic: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The plain dense weights that evaluation, export and everybody else sees; computed in `arithmetic`."""
+        return dense_state_dict(model, arithmetic)
 
     def assignment(self, model: nn.Module) -> list[Assignment]:
         """One row a parameter; state is counted on the meta device, not estimated."""
@@ -203,7 +215,7 @@ class Strategy:
         chosen = {name for name, _ in selected}
         rows = []
         for name, param in model.named_parameters():
-            shape = tuple(param.shape)
+            shape = tuple(whole_shape(param))
             if name not in slots:
                 rows.append(Assignment(name, shape, "frozen", "", None, 0))
                 continue
@@ -216,6 +228,7 @@ class Strategy:
                 raise UserError(str(error)) from None
             residue = RoundedWeights(self.rounding).state(like)
             state_bytes, residue_bytes = (sum(bytes_by_kind([kept]).values()) for kept in (state | residue, residue))
+            state_bytes += 0 if self.repeat is None else like.numel() * like.element_size()  # as it was before
             rule = transform.rule if isinstance(transform, Blocks) else transform
             if isinstance(rule, InSubspace):
                 side, rank = rule.subspace.side_of(state, param.shape), rule.subspace.rank_for(param.shape)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lowrank_train"
 FLOORS = [
     {"kernels", "config", "data", "checkpoint", "checkpoint_shards"},
-    {"optim", "nn", "models"},
+    {"optim", "nn", "models", "load_errors"},
     {"strategy", "strategy_checks", "reparametrising", "published", "evaluate", "export", "adapter_files", "parallel"},
     {"memory", "report", "explain", "doctor", "support", "support_table"},
     {"train"},

@@ -202,8 +202,9 @@ def test_every_choice_of_every_group_composes() -> None:
         "strategy/merge=periodic": ["strategy/weights=lora"],
         "trainer=deepspeed_zero1": ["strategy=full"],
         "trainer=deepspeed_zero2": ["strategy=full"],
+        "trainer=deepspeed_zero3": ["strategy=full"],
     }
-    refused = {"launcher=slurm": "add -m", "trainer=deepspeed_zero3": "use trainer=fsdp"}
+    refused = {"launcher=slurm": "add -m"}
     own = ["model.path=x", "data.train=[x.jsonl]", "data.validation=[y.jsonl]"]
     needed |= {f"recipe={name}": own for name in group_choices()["recipe"] if name.startswith("finetune/")}
     for group, choices in group_choices().items():

@@ -26,7 +26,7 @@ STRATEGIES = group_choices()["strategy"]
 MOMENTS = ("after_backward", "project_in_backward", "in_backward")
 SMALL = {
     "rank": 3, "every": 2, "head_dim": 4, "heads": 2, "r": 4, "init_r": 4, "target_r": 2, "num_vectors": 8,
-    "vector_length": 4, "outer_rank": 6,
+    "vector_length": 4, "outer_rank": 6, "stages": 2,
 }  # fmt: skip
 TINY_MODEL = ["model=llama_9m", "model.hidden_size=32", "model.intermediate_size=48", "model.num_attention_heads=4"]
 

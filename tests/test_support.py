@@ -65,10 +65,10 @@ def test_known_answers(found: Sequence[Cell]) -> None:
     assert ("fira", "one", "project_in_backward", "fp32") not in runs  # its lift needs the whole gradient
     assert ("fira", "ddp_projected", "after_backward", "fp32") not in runs
     assert ("galore", "fsdp", "after_backward", "fp32") in runs
-    assert ("full", "zero1", "after_backward", "fp32") in runs and ("lora", "zero2", "after_backward", "fp32") in runs
+    assert {("full", "zero1"), ("lora", "zero2"), ("lora", "zero3")} <= {cell[:2] for cell in runs}
     zero = {cell for cell in runs if cell[1].startswith("zero")}
     assert not {cell for cell in zero if cell[0] in ("galore", "muon", "adafactor", "relora", "sst")}
-    assert not {cell for cell in zero if cell[2] != "after_backward" or cell[3] != "fp32" or cell[1] == "zero3"}
+    assert not {cell for cell in zero if cell[2] != "after_backward" or cell[3] != "fp32"}
 
 
 def words_of(cell: Cell) -> list[str]:
@@ -166,24 +166,26 @@ def test_strategies_that_run_alike_share_a_line() -> None:
     assert len(list(table(cells))) > 4
 
 
-@pytest.mark.parametrize("stage", [1, 2])
 def test_every_strategy_that_zero_takes_is_on_two_processes_what_it_is_on_one(
-    found: Sequence[Cell], configs: Mapping[str, RunConfig], tmp_path: Path, stage: int
+    found: Sequence[Cell], configs: Mapping[str, RunConfig], tmp_path: Path
 ) -> None:
     """Weights and state after four updates of two micro-batches, clipped; and going on from a save is exact.
 
-    All under stage 2. Stage 1 hands our optimizer the same pieces, and gathers gradients elsewhere, whatever they are
-    of: some strategies, of dense weights, of factors, and of factors with sparse entries.
+    All under stages 2 and 3. Stage 1 hands our optimizer the same pieces as 2, and gathers gradients elsewhere,
+    whatever they are of: some strategies, of dense weights, of factors, and of factors with sparse entries.
     """
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-    names = [cell.strategy for cell in found if cell.parallelism == f"zero{stage}" and cell.reason is None]
-    assert names == [cell.strategy for cell in found if cell.parallelism == "zero2" and cell.reason is None]
-    names = [name for name in names if stage == 2 or name in UNDER_STAGE_1]
+    taken = {
+        stage: [cell.strategy for cell in found if cell.parallelism == f"zero{stage}" and cell.reason is None]
+        for stage in (1, 2, 3)
+    }
+    assert taken[1] == taken[2] == taken[3]
+    wanted = [(stage, name) for stage in taken for name in taken[stage] if stage > 1 or name in UNDER_STAGE_1]
     file = tmp_path / "strategies.json"
-    file.write_text(json.dumps([asdict(configs[name].strategy) for name in names]), encoding="utf-8")
-    for rank in run_on_two(["tests.train.zero_ranks", str(stage), str(file)], port=29711 + stage):
-        results = {said["name"]: said for said in map(json.loads, rank)}
-        assert list(results) == names and names
+    file.write_text(json.dumps([(stage, asdict(configs[name].strategy)) for stage, name in wanted]), encoding="utf-8")
+    for rank in run_on_two(["tests.train.zero_ranks", str(file)], port=29713):
+        results = {(said["stage"], said["name"]): said for said in map(json.loads, rank)}
+        assert list(results) == wanted and wanted
         for name, said in results.items():
             assert said["difference"] < 2e-6, name  # float32, in sums of another order
             assert said["moved"] and said["resumed"], name

@@ -1,22 +1,22 @@
-"""Rules that tie keys together or bound their values; all of them are tried, and nothing is loaded."""
+"""Rules that tie keys together; all of them are tried, and nothing is loaded."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from lowrank_train.config.bounds import bound_faults
 from lowrank_train.config.chat_checks import chat_faults
 from lowrank_train.config.fsdp_checks import fsdp_faults
 from lowrank_train.config.glue_checks import glue_faults
 from lowrank_train.config.parallel_checks import replication_faults
+from lowrank_train.config.repeat_checks import repeat_faults
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.strategy_checks import (
     micro_batches,
     stepping_faults,
     strategy_faults,
-    value_of,
     world_size,
 )
 from lowrank_train.config.weights_checks import TASKS_THAT_TRAIN
@@ -26,72 +26,10 @@ __all__ = ["TASKS_WITH_RUN", "cross_checks", "micro_batches", "world_size"]
 
 TASKS_WITH_RUN = ("export", "generate", "evaluate")
 
-# key -> (smallest value, whether that value itself is allowed)
-LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
-    "seed": (0, True),
-    "model.hidden_size": (1, True),
-    "model.intermediate_size": (1, True),
-    "model.num_hidden_layers": (1, True),
-    "model.num_attention_heads": (1, True),
-    "model.num_key_value_heads": (1, True),
-    "model.vocab_size": (1, True),
-    "model.max_position_embeddings": (1, True),
-    "model.rms_norm_eps": (0, False),
-    "model.rope_theta": (0, False),
-    "model.initializer_range": (0, False),
-    "model.loss_chunk_tokens": (0, True),
-    "data.seq_len": (2, True),  # the first token of a row has nothing to be predicted from
-    "data.shuffle_documents": (0, True),
-    "data.num_workers": (0, True),
-    "data.validation_tokens": (1, True),
-    "data.samples": (0, True),
-    "data.sample_tokens": (1, True),
-    "optim.lr": (0, False),
-    "optim.warmup_steps": (0, True),
-    "optim.warmup_ratio": (0, True),
-    "optim.min_lr_ratio": (0, True),
-    "optim.cycle_steps": (1, True),
-    "optim.restart_warmup_steps": (0, True),
-    "optim.weight_decay": (0, True),
-    "optim.grad_clip": (0, False),
-    "precision.int8_group": (1, True),
-    "trainer.steps": (1, True),
-    "trainer.epochs": (1, True),
-    "trainer.batch_size": (1, True),
-    "trainer.total_batch_size": (1, True),
-    "trainer.eval_every_steps": (0, True),
-    "trainer.save_every_steps": (0, True),
-    "trainer.keep_checkpoints": (1, True),
-    "trainer.log_every_steps": (1, True),
-    "trainer.devices": (1, True),
-    "trainer.num_nodes": (1, True),
-    "trainer.threads": (1, True),
-    "budget_gb": (0, False),
-    "generate.max_new_tokens": (1, True),
-    "generate.temperature": (0, True),
-    "generate.top_p": (0, False),
-    "generate.num_samples": (1, True),
-    "strategy.subspace.rank": (1, True),
-    "strategy.subspace.density": (0, False),
-    "strategy.subspace.every": (1, True),
-    "strategy.subspace.iterations": (1, True),
-    "strategy.subspace.cold_iterations": (1, True),
-    "strategy.lift.scale": (0, False),
-    "strategy.inner.eps": (0, False),
-    "strategy.rest.eps": (0, False),
-}
-UPPER_BOUNDS: dict[str, float] = {
-    "seed": 2**32 - 1,
-    "optim.warmup_ratio": 1,
-    "optim.min_lr_ratio": 1,
-    "generate.top_p": 1,
-    "strategy.subspace.density": 1,
-}
-
 
 def cross_checks(config: RunConfig) -> list[str]:
     """Every broken rule, as a sentence with the numbers and the way out."""
-    out_of_bounds = list(_bounds(config))
+    out_of_bounds = list(bound_faults(config))
     faults = [*out_of_bounds, *_task(config), *_data(config), *glue_faults(config), *chat_faults(config)]
     faults += _precision(config)
     if not out_of_bounds:  # what follows divides by these numbers
@@ -105,28 +43,12 @@ def cross_checks(config: RunConfig) -> list[str]:
             *replication_faults(config),
             *fsdp_faults(config),
             *zero_faults(config),
+            *repeat_faults(config),
             *(_machine(config) if config.task == "train" else []),
         ]
     if config.task == "explain" and not faults:
         faults += strategy_faults(config)
     return faults
-
-
-def _bounds(config: RunConfig) -> Iterator[str]:
-    for key, (least, allowed) in LOWER_BOUNDS.items():
-        value = value_of(config, key)
-        if not isinstance(value, int | float):  # absent, or a list where another part has a number
-            continue
-        if not (math.isfinite(value) and (value > least or (allowed and value == least))):
-            yield f"{key}={value}: must be {'at least' if allowed else 'above'} {least:g}"
-    for key, most in UPPER_BOUNDS.items():
-        value = value_of(config, key)
-        if isinstance(value, int | float) and value > most:
-            yield f"{key}={value}: must be at most {most}"
-    for key in ("strategy.inner.betas", "strategy.rest.betas"):
-        betas = value_of(config, key)
-        if isinstance(betas, tuple) and any(not 0 <= beta < 1 for beta in betas):
-            yield f"{key}={list(betas)}: each must lie in [0, 1)"
 
 
 def _task(config: RunConfig) -> Iterator[str]:

@@ -20,12 +20,6 @@ def fsdp_faults(config: RunConfig) -> Iterator[str]:
     if not sharded(config):
         return
     key = "trainer.strategy=fsdp"
-    if config.strategy.when == "project_in_backward":
-        yield (
-            f"strategy.when=project_in_backward: compresses whole gradients in the backward pass, and {key} leaves "
-            "each device some of their rows; use strategy.when=in_backward, which frees them as early, or "
-            "strategy.when=after_backward"
-        )
     if config.precision.int8_group is not None:
         yield (
             f"precision.int8_group={config.precision.int8_group}: keeps codes with scales, which {key} cannot cut into "

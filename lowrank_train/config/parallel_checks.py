@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.strategy_checks import value_of, world_size
+from lowrank_train.config.zero_checks import OTHERWISE, ZERO
 
 
 def replicated(config: RunConfig) -> bool:
@@ -16,17 +17,12 @@ def replicated(config: RunConfig) -> bool:
 def replication_faults(config: RunConfig) -> Iterator[str]:
     """What goes with whole models alone, and trainer.reduce=projected where it has no meaning or nothing to gain."""
     several = world_size(config) > 1
-    if several and not replicated(config) and value_of(config, "strategy.blocks.inactive") == "none":
+    if config.trainer.strategy.startswith(ZERO) and value_of(config, "strategy.blocks.inactive") == "none":
         yield (
             "strategy.blocks.inactive=none: changes which tensors ask for a gradient, and trainer.strategy="
-            f"{config.trainer.strategy} adds up those of the tensors that asked at the start; use trainer=ddp, or "
+            f"{config.trainer.strategy} adds up those of the tensors that asked at the start; {OTHERWISE}, or "
             "strategy.blocks.inactive=sign"
         )
-        if config.strategy.when == "project_in_backward":
-            yield (
-                "strategy.when=project_in_backward: compresses gradients of whole matrices, and trainer.strategy=fsdp "
-                "cuts them into rows; use strategy.when=in_backward, which frees them as early, or after_backward"
-            )
     if config.trainer.reduce != "projected":
         return
     key, strategy = "trainer.reduce=projected", config.strategy

@@ -44,6 +44,7 @@ AXES = {
     "feedback": "lowrank_train.optim.feedback.ErrorFeedback",
     "blocks": "lowrank_train.optim.blocks.BlockSchedule",
     "rest": "lowrank_train.optim.transform.Transform",
+    "repeat": "lowrank_train.optim.fast_forward.FastForward",
 }
 """What a part of each axis is derived from. Nothing else is ever called: a configuration cannot run other code."""
 

@@ -88,6 +88,7 @@ class StrategyConfig:
     on_refresh: Literal["keep", "reset", "rotate"] = "keep"  # the moments when the basis moves
     blocks: Part | None = None  # which of the selected tensors are trained when; null: all, always
     rest: Part = field(default_factory=dict)  # the rule for every other parameter
+    repeat: Part | None = None  # updates made again while held-out rows get easier; null: none
     freeze_rest: bool = False  # train nothing but what `select` matches
     when: Literal["after_backward", "project_in_backward", "in_backward"] = "after_backward"
     basis_under_accumulation: Literal["window", "first_micro_batch"] = "window"  # project_in_backward: see README

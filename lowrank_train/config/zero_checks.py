@@ -32,11 +32,10 @@ def zero_faults(config: RunConfig) -> Iterator[str]:
     key, strategy, precision = f"trainer.strategy={config.trainer.strategy}", config.strategy, config.precision
     if config.trainer.accelerator == "cpu":
         yield f"{key}: DeepSpeed trains on GPUs only, and trainer.accelerator is cpu; {OTHERWISE}, which work there too"
-    if zero_stage(config) == 3:
+    if zero_stage(config) == 3 and config.model.compile:
         yield (
-            f"{key}: gathers weights when a module is called, and the loss, which is made of the head's weight a chunk "
-            "at a time, evaluations and checkpoints reach for them elsewhere; use trainer=fsdp, which cuts up weights, "
-            "gradients and state too, or trainer=deepspeed_zero2"
+            f"model.compile=true: makes one graph of the layers, and {key} gathers their parameters in between; use "
+            "model.compile=false, or trainer=ddp"
         )
     if strategy.subspace is not None or strategy.blocks is not None:
         part = "subspace" if strategy.subspace is not None else "blocks"

@@ -102,7 +102,8 @@ def make_bases_due(optimizer: TransformOptimizer) -> bool:
     for state in optimizer.state.values():
         if "refresh_at" in state:  # the clock of every subspace
             state["refresh_at"] = 0
-    return any(optimizer.transform_of[param].refresh_due(state) for param, state in optimizer.state.items())
+    rules = optimizer.transform_of  # the flat shards of ZeRO have none of their own, nor a basis
+    return any(rules[param].refresh_due(state) for param, state in optimizer.state.items() if param in rules)
 
 
 class _Life:
@@ -134,8 +135,12 @@ class _Life:
         for event in self.strategy.events:
             with self._remarked(f"the event {event.name}"):
                 watch.begin(f"{event.name} after an update")
-                self.strategy.run_events(event.first, self.model, self.optimizer)
+                self.strategy.run_events(event.first, self.model, self.optimizer, held_out_loss=self.loss_of_rows)
                 watch.name_parameters(self.model)
+        if self.strategy.repeat is not None:
+            with self._remarked("a repeated update"):
+                watch.begin("repeated update")
+                self.strategy.repeat.after(self.strategy.repeat.every, self.optimizer, self.loss_of_rows)
         with self._remarked("an evaluation"):
             watch.begin("evaluation")
             self.evaluate()
@@ -154,6 +159,11 @@ class _Life:
         with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
             self.head.loss(self.model, self.batch)
         self.model.train()
+
+    def loss_of_rows(self) -> float:
+        """A forward pass; fake tensors have no loss, so one number stands for all."""
+        self.evaluate()
+        return 0.0
 
     def update(self, phase: str) -> None:
         """One update of all its micro-batches; the last one's passes run inside the optimizer's step."""

@@ -12,6 +12,8 @@ from lowrank_train.config.checks import world_size
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.zero_checks import zero_stage
 from lowrank_train.memory.counting import bytes_of, weights_by_kind
+from lowrank_train.memory.zero_shares import beside_parts
+from lowrank_train.models import around_blocks, blocks_of
 from lowrank_train.nn.reparam import layers_of
 from lowrank_train.optim.activity import is_trainable
 from lowrank_train.optim.exact_optimizer import bytes_by_kind
@@ -42,21 +44,15 @@ class Unit:
 
 def units_of(config: RunConfig, model: nn.Module) -> list[Unit]:
     """As train/sharding.py cuts a model up."""
-    blocks = _blocks_of(model)
+    blocks = blocks_of(model)
     autocast = config.precision.compute == "bf16-mixed"
-    units = [Unit(tuple(block.parameters()), True, autocast and not layers_of(block)) for block in blocks]
-    inside = {id(param) for unit in units for param in unit.params}
-    return [*units, Unit(tuple(param for param in model.parameters() if id(param) not in inside), False, False)]
-
-
-def _blocks_of(model: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = []
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            found += [block for block in child if any(True for _ in block.parameters())]
-        else:
-            found += _blocks_of(child)
-    return found
+    around = around_blocks(model)
+    outside = set(around)
+    units = [
+        Unit(tuple(p for p in block.parameters() if p not in outside), True, autocast and not layers_of(block))
+        for block in blocks
+    ]
+    return [*units, Unit(tuple(around), False, False)]
 
 
 def _item_bytes(param: Tensor) -> int:
@@ -84,7 +80,7 @@ class Shares:
     gradients: bool = False
     state: bool = False
     by_rows: bool = False  # FSDP2: parameters by rows, and matrices whose rule wants them whole by owners
-    masters: bool = False  # DeepSpeed: the rule works on float32 copies
+    masters: bool = False  # ZeRO, where weights stay whole: the rule works on float32 copies of its part
 
     @classmethod
     def of(cls, config: RunConfig) -> Shares:
@@ -94,7 +90,7 @@ class Shares:
             return cls(ranks)
         if stage is None:
             return cls(ranks, weights=True, gradients=True, state=True, by_rows=True)
-        return cls(ranks, weights=stage == 3, gradients=stage >= 2, state=True, masters=True)
+        return cls(ranks, weights=stage == 3, gradients=stage >= 2, state=True, masters=stage < 3)
 
     def part_bytes(self, param: Tensor) -> int:
         """Of a tensor that is cut up, on the device that has most."""
@@ -160,11 +156,12 @@ class Shares:
 def for_a_while(config: RunConfig, model: PreTrainedModel, optimizer: TransformOptimizer, phase: str) -> int:
     """Bytes that a device holds whole in a phase beside its parts: FSDP2's two blocks of layers, the one that computes
     and the one that comes next, and what lies around the blocks; in backward two blocks' gradients, the one that is
-    being made and the one on its way; in a step the gradient and twice the weights of the largest matrix of an owner.
+    being made and the one on its way, unless a matrix is there with its owner; in a step the gradient and twice the
+    weights of the largest matrix of an owner. Of ZeRO as `beside_parts` says.
     """
     shares = Shares.of(config)
     if not shares.by_rows:
-        return 0
+        return beside_parts(shares, model, optimizer, phase)
     units, ranks = units_of(config, model), shares.ranks
     blocks = [unit for unit in units if unit.is_block]
     around = sum(unit.weight_bytes(ranks) for unit in units if not unit.is_block)
@@ -177,5 +174,6 @@ def for_a_while(config: RunConfig, model: PreTrainedModel, optimizer: TransformO
     if "step" in phase:
         return step
     if "backward" in phase:
-        return around + weights + max(gradients, step if config.strategy.when == "in_backward" else 0)
+        of_owner = {"in_backward": step, "project_in_backward": step // 3}.get(config.strategy.when, 0)
+        return around + weights + max(gradients, of_owner)
     return 0 if phase == "checkpoint" else around + weights

@@ -14,6 +14,7 @@ from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.zero_checks import zero_stage
 from lowrank_train.memory.shares import owners, units_of
 from lowrank_train.memory.wire import Message, added_up
+from lowrank_train.memory.zero_shares import stays_whole
 from lowrank_train.nn.reparam import layers_of
 from lowrank_train.optim.activity import is_trainable
 from lowrank_train.optim.blocks import Blocks
@@ -125,13 +126,22 @@ def _gathered(config: RunConfig, model: PreTrainedModel) -> Iterator[Message]:
         yield Message(WHOLE, "reduce_scatter", unit.grad_bytes(ranks), windows)
 
 
+def _sendings(config: RunConfig, served: _Served) -> float:
+    """How often an owner is sent a gradient in an update: each time it is compressed."""
+    if config.strategy.when != "project_in_backward" or not served.is_projected:
+        return 1
+    held = config.strategy.basis_under_accumulation == "window"  # of a window that decides a basis
+    windows, moves = micro_batches(config), served.moves() if held else 0.0
+    return moves + (1 - moves) * windows
+
+
 def _of_shards(config: RunConfig, optimizer: TransformOptimizer) -> Iterator[Message]:
     """What updates of matrices cut into rows take, as optim/sharded.py makes them."""
     ranks = world_size(config)
     for served, owner in zip(_served(optimizer), owners(config, optimizer), strict=True):
         weights, gradient = served.grad_bytes / ranks, served.grad_bytes / ranks
         if owner is not None:
-            yield Message("gradients, to the owners of matrices", "all_to_all", gradient, 1)
+            yield Message("gradients, to the owners of matrices", "all_to_all", gradient, _sendings(config, served))
             yield Message("weights, to the owners of matrices and back", "all_to_all", 2 * weights, 1)
         elif served.is_projected:
             moves = served.moves()
@@ -140,13 +150,18 @@ def _of_shards(config: RunConfig, optimizer: TransformOptimizer) -> Iterator[Mes
 
 
 def _zero(config: RunConfig, model: PreTrainedModel, stage: int) -> Iterator[Message]:
-    """ZeRO (arXiv 1910.02054, section 7) as DeepSpeed has it: stage 1 averages once an update, the others each pass."""
+    """ZeRO (arXiv 1910.02054, section 7) as DeepSpeed has it: stage 1 averages once an update, the others each pass.
+
+    Stage 3 gathers for each pass, and after an update what then stays whole.
+    """
     trained = sum(param.numel() * param.dtype.itemsize for param in model.parameters() if is_trainable(param))
-    everything = sum(param.numel() * param.dtype.itemsize for param in model.parameters())
     windows = micro_batches(config)
     yield Message(WHOLE, "reduce_scatter", trained, 1 if stage == 1 else windows)
     if stage < 3:
         yield Message("weights, after the update", "all_gather", trained, 1)
         return
-    yield Message("weights, for the forward passes", "all_gather", everything, windows)
-    yield Message("weights, for the backward passes", "all_gather", everything, windows)
+    sizes = [(param.numel() * param.dtype.itemsize, stays_whole(param)) for param in model.parameters()]
+    small, large = (sum(count for count, whole in sizes if whole is kept) for kept in (True, False))
+    yield Message("weights, for the forward passes", "all_gather", large, windows)
+    yield Message("weights, for the backward passes", "all_gather", large, windows)
+    yield Message("small weights, after the update", "all_gather", small, 1)

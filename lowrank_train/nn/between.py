@@ -71,14 +71,6 @@ class BetweenLinear(LoRALinear):
         wide = torch.promote_types(first.dtype, torch.float32)
         return self.weights.scale * (second.to(wide) @ self.between(first.T.to(wide)).T)
 
-    def forward(self, x: Tensor) -> Tensor:
-        dense = F.linear(x, self._base(x.dtype), self.bias)
-        if self.lora_A is None:
-            return dense
-        first, second = self.factors
-        low = F.linear(F.dropout(x, self.weights.dropout, self.training), first)
-        return dense + self.weights.scale * F.linear(self.between(low), second)
-
     def adapter_tensors(self, base: Tensor) -> Mapping[str, Tensor]:
         first, second = self.factors
         return lora_tensors(self.between(first.T).T, second)

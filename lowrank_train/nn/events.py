@@ -57,7 +57,8 @@ class Event:
     first: int
     every: int | None = None
     quiet: bool = False  # too frequent to be worth a line in the log
-    together: bool = False  # looks at all layers at once, or at gradients, so that layers cannot come one by one
+    together: bool = False  # looks at all layers at once, and there at buffers alone, which every rank has whole
+    of_trained: bool = False  # looks at no parameter that is not trained, so that those need not be whole
     restructures: bool = False  # parameters come, go or change their shape, which several devices cannot follow
 
     def due(self, step: int) -> bool:

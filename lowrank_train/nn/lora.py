@@ -163,8 +163,12 @@ class LoRALinear(ReparamLinear):
         if self.lora_A is None:
             return dense
         first, second = self.factors
-        low = F.linear(F.dropout(x, self.weights.dropout, self.training), first)
+        low = self.between(F.linear(F.dropout(x, self.weights.dropout, self.training), first))
         return dense + self.weights.scale * F.linear(low, second)
+
+    def between(self, low: Tensor) -> Tensor:
+        """What leaves A on its way to B, (..., rank), in its dtype: as it is, but for layers with something between."""
+        return low
 
     def _base(self, dtype: torch.dtype) -> Tensor:
         """W0 for products in `dtype`: one wide enough for the residue gets it too."""

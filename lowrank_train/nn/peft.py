@@ -22,7 +22,7 @@ from lowrank_train.config.peft_names import INSTALL, method_fault, option_fault
 from lowrank_train.config.seeding import seed_from_name
 from lowrank_train.nn.events import Event
 from lowrank_train.nn.nf4 import NF4Linear
-from lowrank_train.nn.peft_adalora import AdaLoRAPart, allocation
+from lowrank_train.nn.peft_adalora import AdaLoRAPart, adalora_events
 from lowrank_train.nn.reparam import Origin, ReparamLinear, Weights
 
 ADAPTER = "default"  # PEFT's name for the only adapter
@@ -133,7 +133,7 @@ class Peft(Weights):
             return ()
         if self._steps is None and self.options.get("total_step") is None:
             raise ValueError("strategy.weights.total_step: AdaLoRA's budget needs the number of updates of the run")
-        return [Event("rank allocation", allocation(self.peft_config(["any"], 0)), 1, 1, quiet=True, together=True)]
+        return adalora_events(self.peft_config(["any"], 0))
 
     def as_peft(self) -> tuple[str, dict[str, Any]]:
         return self.type, dict(self.options)

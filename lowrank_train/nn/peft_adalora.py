@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_train.nn.events import Action, Moments
+from lowrank_train.nn.events import Action, Event, Moments
 
 if TYPE_CHECKING:
     from lowrank_train.nn.reparam import ReparamLinear
@@ -36,6 +36,7 @@ class AdaLoRAPart(nn.Module):
                 self.register_buffer(f"{part}_{kind}", torch.zeros_like(self.part(part).detach()))
         self.kept: Tensor
         self.register_buffer("kept", torch.ones_like(self.part("lora_E"), dtype=torch.bool))
+        self.mask_due = False  # between the allocation and the masking of one update
 
     def part(self, name: str) -> nn.Parameter:
         """P, Q or lambda."""
@@ -73,13 +74,13 @@ class AdaLoRAPart(nn.Module):
             importance.mul_(beta1).add_((1 - beta1) * now)
             uncertainty.mul_(beta2).add_((1 - beta2) * (now - importance).abs())
 
+    def forget(self) -> None:
+        """The gradients of the update that is over."""
+        self._gradients = {}
+
     def smoothed(self, name: str) -> tuple[Tensor, Tensor]:
         """I' and U' of one part."""
         return getattr(self, f"{name}_importance"), getattr(self, f"{name}_uncertainty")
-
-    def forget(self) -> None:
-        """The update is over."""
-        self._gradients = {}
 
     def scores(self) -> Tensor:
         """Of each triplet: (rank, 1)."""
@@ -87,11 +88,11 @@ class AdaLoRAPart(nn.Module):
         return values + (first.mean(1) + second.mean(0))[:, None]
 
     @torch.no_grad()
-    def mask_(self, kept: Tensor | None = None) -> None:
-        """Make lambda zero where a triplet is not kept."""
-        if kept is not None:
-            self.kept.copy_(kept)
-        self.part("lora_E").masked_fill_(~self.kept, 0.0)
+    def mask_(self) -> None:
+        """Make lambda zero where a triplet is not kept, if that is due."""
+        if self.mask_due:
+            self.part("lora_E").masked_fill_(~self.kept, 0.0)
+            self.mask_due = False
 
 
 def orthogonality_gradient(factor: Tensor, *, tall: bool) -> Tensor:
@@ -103,20 +104,41 @@ def orthogonality_gradient(factor: Tensor, *, tall: bool) -> Tensor:
     return slope.T if tall else slope
 
 
+def adalora_events(config: Any) -> list[Event]:
+    """After each update: every layer's importances, then which triplets of all layers are kept, then lambda."""
+    last = config.total_step - config.tfinal
+
+    def smooth(layer: AdaLoRAPart, number: int) -> None:
+        if number < last:
+            layer.smooth_(config.beta1, config.beta2)
+        layer.forget()
+
+    def of_each(act: Callable[[AdaLoRAPart, int], None]) -> Action:
+        def run(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
+            for layer in _ours(layers):
+                act(layer, number)
+
+        return run
+
+    return [
+        Event("importance", of_each(smooth), 1, 1, quiet=True, of_trained=True),
+        Event("rank allocation", allocation(config), 1, 1, quiet=True, together=True),
+        Event("masking", of_each(lambda layer, number: layer.mask_()), 1, 1, quiet=True, of_trained=True),
+    ]
+
+
 def allocation(config: Any) -> Action:
-    """The event after each update, by PEFT's schedule: the budget of triplets falls as a cube from init_r to target_r a
+    """Which triplets are kept, by PEFT's schedule: the budget of triplets falls as a cube from init_r to target_r a
     layer between updates tinit and total_step - tfinal; every deltaT updates the least of all layers are masked."""
     last = config.total_step - config.tfinal
 
+    @torch.no_grad()
     def act(number: int, layers: Mapping[str, ReparamLinear], moments: Moments) -> None:
-        ours = [layer for layer in layers.values() if isinstance(layer, AdaLoRAPart)]
+        ours = _ours(layers)
         total = sum(layer.kept.numel() for layer in ours)
-        if number < last:
-            for layer in ours:
-                layer.smooth_(config.beta1, config.beta2)
         if number > last:
             for layer in ours:
-                layer.mask_()
+                layer.mask_due = True
         elif number == last or (number > config.tinit and number % config.deltaT == 0):
             left = 1 - (number - config.tinit) / (last - config.tinit)
             target = config.target_r * len(ours)
@@ -125,8 +147,11 @@ def allocation(config: Any) -> Action:
                 scores = [layer.scores() for layer in ours]
                 threshold = torch.cat([score.flatten() for score in scores]).kthvalue(masked).values
                 for layer, score in zip(ours, scores, strict=True):
-                    layer.mask_(score > threshold)
-        for layer in ours:
-            layer.forget()
+                    layer.kept.copy_(score > threshold)
+                    layer.mask_due = True
 
     return act
+
+
+def _ours(layers: Mapping[str, ReparamLinear]) -> list[AdaLoRAPart]:
+    return [layer for layer in layers.values() if isinstance(layer, AdaLoRAPart)]

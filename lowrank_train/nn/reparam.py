@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,10 +168,11 @@ def layers_of(model: nn.Module) -> dict[str, ReparamLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ReparamLinear)}
 
 
-def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def dense_state_dict(model: nn.Module, arithmetic: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The state of the plain model that this one stands for: each reparametrised layer as `weight` and `bias`.
 
-    A dense weight is computed in at least float32 and rounded once, to the dtype of the layer's first parameter.
+    A dense weight is computed in at least float32, or in `arithmetic` where that is wider, a layer at a time, and
+    rounded once, to the dtype of the layer's first parameter.
     """
     layers = layers_of(model)
     plain = {}
@@ -182,7 +184,9 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
             plain[name] = layers[owner].dense_bias()
         elif f"{owner}.weight" not in plain:
             with torch.no_grad():
-                plain[f"{owner}.weight"] = layers[owner].dense_weight().detach().to(_dtype_of(layers[owner]))
+                layer = layers[owner]
+                wide = layer if arithmetic.itemsize <= 4 else copy.deepcopy(layer).to(arithmetic)
+                plain[f"{owner}.weight"] = wide.dense_weight().detach().to(_dtype_of(layer))
     return plain
 
 

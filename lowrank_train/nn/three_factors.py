@@ -195,7 +195,7 @@ class ThreeFactorsLinear(ReparamLinear):
     value would be lost. With rounding=compensated, `residue` holds what a bfloat16 `weight` cannot of W'.
     """
 
-    choice = LoRAXS  # of the others: SVFit(rank=8).layer(linear, Origin())
+    choice: ClassVar[type[Weights]] = LoRAXS  # of the others: SVFit(rank=8).layer(linear, Origin())
     weights: ThreeFactors
     layers_in_all = 1  # of the model, over which a mean is taken; events may come to one layer at a time
 
@@ -211,7 +211,7 @@ class ThreeFactorsLinear(ReparamLinear):
             made = weights.factors(weight.to(wide), origin)
         trained = weights.trained
         left, core, right = made
-        self.left = nn.Parameter(left.to(weight.dtype).contiguous(), requires_grad="left" in trained)
+        self.keep_left_(left.to(weight.dtype).contiguous())
         self.core = nn.Parameter(core.to(weight.device, wide).contiguous())
         self.right = nn.Parameter(right.to(weight.dtype).contiguous(), requires_grad="right" in trained)
         gain = nn.Parameter(torch.full((1,), weights.scale, dtype=wide, device=weight.device))
@@ -230,9 +230,17 @@ class ThreeFactorsLinear(ReparamLinear):
         """s."""
         return self.weights.scale if self.gain is None else self.gain
 
+    def keep_left_(self, left: Tensor) -> None:
+        """Begin with this L."""
+        self.left = nn.Parameter(left, requires_grad="left" in self.weights.trained)
+
+    def whole_left(self) -> Tensor:
+        """L, however it is kept."""
+        return self.left
+
     def update_of_weight(self) -> Tensor:
         """s L C R in at least float32."""
-        left, right = self.left.to(self.core.dtype), self.right.to(self.core.dtype)
+        left, right = self.whole_left().to(self.core.dtype), self.right.to(self.core.dtype)
         return self.scale * ((left * self.core if self.weights.diagonal else left @ self.core) @ right)
 
     def dense_weight(self) -> Tensor:
@@ -244,7 +252,9 @@ class ThreeFactorsLinear(ReparamLinear):
         if self.weights.takes_out:
             change = self.dense_weight() - base.to(self.core.dtype)
             return lora_tensors(*factors_of(change, self.weights.as_peft()[1]["r"]))
-        return lora_tensors(self.core @ self.right.to(self.core.dtype), self.scale * self.left.to(self.core.dtype))
+        return lora_tensors(
+            self.core @ self.right.to(self.core.dtype), self.scale * self.whole_left().to(self.core.dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.weight if self.residue is None or x.dtype.itemsize < 4 else self.weight + self.residue
@@ -252,7 +262,7 @@ class ThreeFactorsLinear(ReparamLinear):
         core = self.core.to(low.dtype)
         low = low * core if self.weights.diagonal else F.linear(low, core)
         scale = self.scale
-        update = F.linear(low, self.left) * (scale.to(low.dtype) if isinstance(scale, Tensor) else scale)
+        update = F.linear(low, self.whole_left()) * (scale.to(low.dtype) if isinstance(scale, Tensor) else scale)
         return F.linear(x, base, self.bias) + update
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.fast_forward import Previous
 from lowrank_train.optim.ranks import Ranks
 from lowrank_train.optim.rounded_weights import KEYS, RoundedWeights
 from lowrank_train.optim.transform import State, Transform
@@ -20,6 +21,7 @@ class ExactOptimizer(torch.optim.Optimizer):
     it.
     """
 
+    previous: Previous
     rounded_weights: RoundedWeights
     ranks: Ranks
     transform_of: dict[Tensor, Transform]
@@ -29,6 +31,11 @@ class ExactOptimizer(torch.optim.Optimizer):
         if not self.ranks.is_kept(param):
             return {}
         return self.state.get(param, {}) | self.rounded_weights.existing(param)
+
+    def kept_of(self, param: Tensor) -> State:
+        """As `state_of`, with what a checkpoint does without."""
+        before = self.previous.kept.get(param)
+        return self.state_of(param) | ({} if before is None else {"before": before})
 
     def state_dict(self) -> dict[str, Any]:
         packed = super().state_dict()

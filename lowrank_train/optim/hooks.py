@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,13 @@ class BackwardHooks:
         if when == "after_backward":
             return
         for param, transform in self._optimizer.transform_of.items():
-            hook = self._update if when == "in_backward" else self._compress if transform.compresses else None
+            hook: Callable[[Tensor], None] | None
+            if when == "in_backward":
+                hook = self._update
+            elif transform.compresses:
+                hook = self._compress
+            else:
+                hook = self._set_apart if self._optimizer.ranks.gradients_share_memory else None
             if hook is not None and param not in self._hooked:
                 self._hooked[param] = True
                 parameter = self._optimizer.ranks.parameter(param)
@@ -49,10 +56,15 @@ class BackwardHooks:
             param.grad = None
             optimizer._pending.pop(param, None)
 
+    def _set_apart(self, param: Tensor) -> None:
+        ranks = self._optimizer.ranks
+        ranks.set_apart(ranks.served(param))
+
     def _compress(self, param: Tensor) -> None:
         optimizer = self._optimizer
-        due = optimizer.transform_of[param].refresh_due(optimizer._state(param))
-        if optimizer.hold_window and due:  # this window's whole gradient decides the new basis
+        param = optimizer.ranks.served(param)
+        if optimizer.hold_window and optimizer.ranks.is_due(optimizer, param):
+            optimizer.ranks.set_apart(param)  # this window's whole gradient decides the new basis
             return
         if optimizer.micro_batches > 1:
             optimizer._current.norm_known = False
@@ -60,5 +72,5 @@ class BackwardHooks:
         if param.grad is not None:
             optimizer._measure_one(param)
         if param.grad is not None:
-            for _ in optimizer.ranks.in_rounds(optimizer, [(param, {})]):
+            for _ in optimizer.ranks.in_rounds(optimizer, [(param, {})], updating=False):
                 optimizer._compress(param)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.optim.activity import Activity, wake
 from lowrank_train.optim.exact_optimizer import ExactOptimizer, bytes_by_kind
+from lowrank_train.optim.fast_forward import Previous
 from lowrank_train.optim.groups import Group, listed
 from lowrank_train.optim.hooks import BackwardHooks
 from lowrank_train.optim.ranks import Ranks, ranks_for
@@ -49,8 +50,9 @@ class TransformOptimizer(ExactOptimizer):
         basis_under_accumulation: Literal["window", "first_micro_batch"] = "window",
         rounding: Rounding = "nearest",
         count_lost_updates: bool = False,
+        remember: bool = False,
     ) -> None:
-        """`rounding` is that of bfloat16 weights, see RoundedWeights; count_lost_updates: stats["lost_updates_pct"]."""
+        """rounding, count_lost_updates: see RoundedWeights, stats["lost_updates_pct"]; remember: see Previous."""
         self.when: When = when
         self.base_lr = lr  # before any schedule
         self.grad_clip = grad_clip
@@ -61,6 +63,7 @@ class TransformOptimizer(ExactOptimizer):
         self.slots: dict[Tensor, Slot] = {}
         self.transform_of: dict[Tensor, Transform] = {}
         self.rounded_weights = RoundedWeights(rounding, count_lost_updates)
+        self.previous = Previous(remember)
         self.ranks = Ranks()  # until the processes of a run have found each other
         self._hooks = BackwardHooks(self)
         self._pending: dict[Tensor, Tensor] = {}  # compressed gradients of this window
@@ -85,7 +88,7 @@ class TransformOptimizer(ExactOptimizer):
     def regroup(self, groups: Iterable[Group]) -> None:
         """Serve these parameters from now on. State of those that stay is kept, of those that are gone it is freed."""
         groups = list(groups)
-        self.ranks = ranks_for(groups, self.ranks, self.when, self.rounded_weights.rounding)
+        self.ranks = ranks_for(groups, self.ranks, self.rounded_weights.rounding)
         groups = self.ranks.take_in(groups)
         self.transforms, self.slots, self.transform_of = [], {}, {}
         self._take_in(groups)
@@ -150,10 +153,11 @@ class TransformOptimizer(ExactOptimizer):
         for param in filter(self.ranks.is_kept, self.slots):
             self._state(param)
             self.rounded_weights.state(param)
+        self.previous.note(self.slots)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the state tensors that exist, by kind, and of what several tensors share."""
-        bytes_of = bytes_by_kind(self.state_of(param) for param in self.slots)
+        bytes_of = bytes_by_kind(self.kept_of(param) for param in self.slots)
         pairs = zip(self.transforms, self.param_groups, strict=True)
         shared = sum(transform.shared_bytes(map(self.ranks.like, group["params"])) for transform, group in pairs)
         return bytes_of | ({"shared": shared} if shared else {})
@@ -162,6 +166,7 @@ class TransformOptimizer(ExactOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
+        self.previous.note(self.slots)
         if closure is not None:
             self._hooks.armed = self.when == "in_backward"
             try:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.optim.groups import Group
-from lowrank_train.optim.refusals import When
 from lowrank_train.optim.served import Served
 from lowrank_train.optim.transform import Move, tensor_of
 from lowrank_train.optim.update_stats import synchronized_sec
@@ -192,13 +191,13 @@ class Together(Ranks):
                     tensor.copy_(mean.view_as(tensor))
 
 
-def ranks_for(groups: Iterable[Group], before: Ranks, when: When, rounding: Rounding) -> Ranks:
+def ranks_for(groups: Iterable[Group], before: Ranks, rounding: Rounding) -> Ranks:
     """Who serves these parameters: the one before, unless they are cut up among the processes since."""
     if not any(hasattr(param, "device_mesh") for group in groups for _, param in group.params):
         return before
     from lowrank_train.optim.sharded import Sharded  # with torch's sharded tensors, which one process need not load
 
-    return before if isinstance(before, Sharded) else Sharded(when, rounding)
+    return before if isinstance(before, Sharded) else Sharded(rounding)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -21,6 +21,8 @@ class Served:
     An optimizer's slots, state and groups are those of the served tensors.
     """
 
+    gradients_share_memory = False  # so that one of them keeps that of others alive
+
     def take_in(self, groups: list[Group]) -> list[Group]:
         """The groups, of the tensors that are served from now on."""
         return groups
@@ -61,6 +63,14 @@ class Served:
     ) -> Callable[[str, Tensor], Tensor]:
         """`keep`, which is to see whole moments, for the moments of this process."""
         return keep
+
+    def is_due(self, optimizer: TransformOptimizer, tensor: Tensor) -> bool:
+        """Whether the next compression moves the tensor's basis."""
+        rule = optimizer.transform_of[tensor]
+        return rule.compresses and rule.refresh_due(optimizer._state(tensor))
+
+    def set_apart(self, tensor: Tensor) -> None:
+        """Let the gradient, which stays for now, keep no memory of others alive."""
 
     def norms(self, optimizer: TransformOptimizer, tensors: list[Tensor]) -> list[Tensor]:
         """The norms of the gradients at hand, compressed ones where the whole ones are gone; 0-dimensional."""

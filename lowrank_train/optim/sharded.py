@@ -16,7 +16,6 @@ from lowrank_train.kernels.rounding import Rounding
 from lowrank_train.optim.groups import Group
 from lowrank_train.optim.owners import RowShards, owner_of_each
 from lowrank_train.optim.ranks import Ready, Together
-from lowrank_train.optim.refusals import When
 from lowrank_train.optim.sharded_state import Part
 from lowrank_train.optim.together import SMALL
 from lowrank_train.optim.transform import State, Transform
@@ -33,21 +32,20 @@ class Sharded(Together):
     is the same everywhere, and nothing is sent but the whole gradient to one rank when a basis moves, and the basis
     back. All other matrices have one owner each, which alone keeps their state. They go in rounds of one to each
     rank: the shards of gradient and weights to the owner, which makes the update, and the weights back.
+
+    Compressed in the backward pass, rows go where they lie, and matrices with an owner there, in every micro-batch.
     """
 
-    def __init__(self, when: When, rounding: Rounding) -> None:
-        if when == "project_in_backward":
-            raise ValueError(
-                "when=project_in_backward compresses the gradients of whole matrices, and those of sharded parameters "
-                "come in rows; use when=in_backward, which frees them as early, or when=after_backward"
-            )
+    gradients_share_memory = True  # those of a unit of layers are views of what was received together
+
+    def __init__(self, rounding: Rounding) -> None:
         super().__init__("before")
         self._rounding: Rounding = rounding
         self._shards = RowShards()
         self._parts: dict[Tensor, Part] = {}
         self._served: dict[Tensor, Tensor] = {}
         self._gradients: dict[Tensor, Tensor] = {}  # the shards of what has an owner
-        self._compressed: set[Tensor] = set()  # of them, by their owners
+        self._due: set[Tensor] | None = None  # what has an owner whose basis moves next; None: not asked for yet
         self._moves_of_owned = [0, 0, 0]  # here: bases that moved, that stayed, fallbacks
         self._device = torch.device("cpu")
 
@@ -139,6 +137,26 @@ class Sharded(Together):
             param.grad = part.like
         part.param.grad = None
 
+    def is_due(self, optimizer: TransformOptimizer, tensor: Tensor) -> bool:
+        if self.is_here(tensor):
+            return super().is_due(optimizer, tensor)
+        if self._due is None:
+            owned = [param for param, part in self._parts.items() if part.owner is not None]
+            mine = [self._parts[one].is_kept and super(Sharded, self).is_due(optimizer, one) for one in owned]
+            told = torch.tensor(mine, dtype=torch.int32, device=self._device)
+            dist.all_reduce(told)
+            self._due = {param for param, due in zip(owned, told.tolist(), strict=True) if due}
+        return tensor in self._due
+
+    def set_apart(self, tensor: Tensor) -> None:
+        param = self._parts[tensor].param
+        assert isinstance(param.grad, DTensor)
+        local = param.grad.to_local()
+        if local.untyped_storage().nbytes() > local.nbytes:
+            param.grad = DTensor.from_local(
+                local.clone(), param.device_mesh, param.placements, shape=param.shape, stride=param.stride()
+            )
+
     def norms(self, optimizer: TransformOptimizer, tensors: list[Tensor]) -> list[Tensor]:
         here = [self._gradients.get(tensor, tensor.grad) for tensor in tensors]
         squares = torch.stack([norm(shard).double().square() for shard in here if shard is not None])
@@ -162,8 +180,8 @@ class Sharded(Together):
         stats.counted_weights = int(counted)
         stats.count_moves([int(of_all) - own for of_all, own in zip(moves, self._moves_of_owned, strict=True)])
         self._moves_of_owned = [0, 0, 0]
-        self._compressed.clear()
         self._gradients.clear()
+        self._due = None
 
     def _low_square(self, optimizer: TransformOptimizer) -> float:
         """Of what this rank has compressed: rows, and matrices that it owns."""
@@ -183,6 +201,7 @@ class Sharded(Together):
 
     def free_gradients(self) -> None:
         self._gradients.clear()
+        self._due = None
         for part in self._parts.values():
             part.param.grad = None
 
@@ -223,12 +242,12 @@ class Sharded(Together):
     ) -> Iterator[Any]:
         """These parameters, whole, on their owners; their weights go back into the shards if they are `updating`."""
         rules = optimizer.transform_of
-        lacking = [param for param in params if param not in self._compressed or rules[param].needs_gradient]
+        lacking = [param for param in params if param in self._gradients]  # else their owners have compressed them
         gradients = self._to_owners(lacking, [self._gradients[param] for param in lacking])
         weights = self._to_owners(params, [self._parts[param].shard for param in params]) if updating else {}
         for param in params:
-            if updating:
-                del self._gradients[param]
+            if updating or not rules[param].needs_gradient:
+                self._gradients.pop(param, None)
             if self._parts[param].owner == self.rank:
                 param.data = weights.get(param, param.data)
                 param.grad = gradients.pop(param, None)
@@ -242,8 +261,6 @@ class Sharded(Together):
             shapes, owners = [self._parts[param].shape for param in params], [self._owner(param) for param in params]
             wholes = {place: param.data for place, param in enumerate(params) if param in weights}
             self._shards.from_owners(wholes, [self._parts[param].shard for param in params], shapes, owners)
-        else:
-            self._compressed.update(params)
         for param in params:
             like = self._parts[param].like
             param.grad = None

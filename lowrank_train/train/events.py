@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import lightning as L
@@ -46,10 +47,28 @@ def run_events(module: RunModule, step: int) -> list[Event]:
 
         layerwise = whole_one_by_one(module.model, module.optimizer, equalize_layers)
         return module.strategy.run_events(step, module.model, module.optimizer, layerwise)
-    happened = module.strategy.run_events(step, module.model, module.optimizer)
+    loss = functools.partial(held_out_loss, module)
+    happened = module.strategy.run_events(step, module.model, module.optimizer, held_out_loss=loss)
     if module.trainer.world_size > 1 and any(event.restructures or not event.quiet for event in happened):
         equalize_layers(module.model)
     return happened
+
+
+def held_out_loss(module: RunModule) -> float:
+    """Mean loss on the held-out rows of all ranks, with the model as it is; the same number on each of them."""
+    model, device, sums = module.model, module.device, torch.zeros(2, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=module.config.precision.compute == "bf16-mixed"),
+    ):
+        for batch in module.held_out:
+            loss_sum, targets = module.head.loss(model, {key: value.to(device) for key, value in batch.items()})
+            sums += torch.tensor([float(loss_sum), targets], dtype=torch.float64)
+    model.train(was_training)
+    loss_sum, targets = module.sum_over_ranks(sums).tolist()
+    return loss_sum / max(1.0, targets)
 
 
 def equalize_layers(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ Fingerprints = Mapping[str, int]
 def fingerprints(module: RunModule) -> Fingerprints:
     """Of weights, buffers, optimizer state and torch's random generator on this rank."""
     held = {
-        "weights": module.model.state_dict(),
+        "weights": module.model.state_dict(keep_vars=True),
         "state": module.optimizer.state_dict()["state"],
         "generator": torch.get_rng_state(),
     }

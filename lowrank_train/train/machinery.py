@@ -40,6 +40,7 @@ NOT_FOR_THE_USER = (
     r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",  # wrong where step() has a closure
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our data resumes by itself
     r".*`LightningModule.configure_optimizers`.*",
+    r".*`torch.distributed.\w+` is deprecated.*",  # which DeepSpeed calls
 )
 
 

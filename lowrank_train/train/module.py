@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lowrank_train.config.errors import EXIT_NOT_FINITE, RunStopped
 from lowrank_train.config.schema import OptimConfig, RunConfig
+from lowrank_train.config.zero_checks import zero_stage
 from lowrank_train.evaluate.heads import head_of
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.schedule import multiplier
@@ -73,6 +74,7 @@ class RunModule(L.LightningModule):
         self.facts = facts
         self.counters = Counters()
         self.events: list[str] = []  # what happened after the current update
+        self.held_out: list[dict[str, Any]] = []  # validation batches of this rank, for strategies that ask for a loss
         self.began_documents: list[str] = []  # of the current update on this rank; filled only with log_documents
         self.saved_random_state: dict[str, Any] | None = None
         self.last_checkpoint_step: int | None = None
@@ -95,8 +97,8 @@ class RunModule(L.LightningModule):
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds its rows of the parameters alone."""
-        return self.device_mesh is not None
+        """Whether each rank holds its part of the parameters alone, so that every forward pass needs all of them."""
+        return self.device_mesh is not None or zero_stage(self.config) == 3
 
     def configure_model(self) -> None:
         """The strategy has made the devices known by now; nothing to do where each of them has the whole model."""
@@ -109,7 +111,7 @@ class RunModule(L.LightningModule):
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """Around sampling, which goes without autocast where each device has the whole model in float32: blocks that
         are gathered in bfloat16 need it."""
-        if self.sharded and self.config.precision.compute == "bf16-mixed":
+        if self.device_mesh is not None and self.config.precision.compute == "bf16-mixed":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 

@@ -96,6 +96,8 @@ class Recorder(L.Callback):
         self._validation_rows = self._validation(rank=module.global_rank, world_size=trainer.world_size)
         if module.sharded and isinstance(module.head, CausalHead):  # GLUE's rows are all evaluated by all ranks
             self._validation_rows = LevelBatches(self._validation_rows, module.gather_over_ranks)
+        if module.strategy.repeat is not None:
+            module.held_out = module.head.few(self._validation_rows, module.strategy.repeat.rows, trainer.world_size)
         if counters.pending_row:
             row, counters.pending_row = counters.pending_row, {}
             self._evaluate_into(row, trainer, module)

@@ -15,13 +15,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from lowrank_train.models import AS_FORWARD, blocks_of
+from lowrank_train.models import AS_FORWARD, blocks_of, common_to_blocks
 from lowrank_train.nn.reparam import layers_of
 from lowrank_train.optim.activity import wake
 from lowrank_train.train.checkpoint_io import WEIGHTS_PREFIX
 from lowrank_train.train.sharded_io import load_own
 
 Result = TypeVar("Result")
+
+COMMON = "common_to_blocks"  # a name that no model has
 
 
 class RestoredAsUnderDDP:
@@ -68,7 +70,8 @@ class ShardedStrategy(RestoredAsUnderDDP, ModelParallelStrategy):
 
 
 def shard_(model: nn.Module, mesh: DeviceMesh, *, autocast: bool) -> None:
-    """Cut the parameters into rows, in place: each block of layers is a unit, what lies around them another.
+    """Cut the parameters into rows, in place: each block of layers is a unit, what lies around them or is common to
+    several of them another.
 
     A model that was built in main memory moves to the devices of `mesh` a unit at a time. autocast: dense blocks are
     gathered in bfloat16, to which autocast would round their matrices anyway, and their gradients are averaged in
@@ -77,10 +80,16 @@ def shard_(model: nn.Module, mesh: DeviceMesh, *, autocast: bool) -> None:
     for param in model.parameters():
         wake(param)  # a row shard is another tensor; the optimizer puts those to sleep again whose state says so
     narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    common = common_to_blocks(model)
     for block in blocks_of(model):
         dense = autocast and not layers_of(block)
-        fully_shard(block, mesh=mesh, mp_policy=narrow if dense else MixedPrecisionPolicy())
+        policy = narrow if dense else MixedPrecisionPolicy()
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(common) or None)
+    if common:  # the model takes in what is its own, or its blocks' that are no units
+        model.add_module(COMMON, nn.ParameterList(common))
     fully_shard(model, mesh=mesh)
+    if common:
+        delattr(model, COMMON)
     setattr(model, AS_FORWARD, MethodType(_call, model))
     register_fsdp_forward_method(model, AS_FORWARD)
     # The first pass settles in which dtype a unit's gradients are averaged, by those that ask for one: all, as yet.

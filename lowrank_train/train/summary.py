@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lowrank_train.checkpoint_shards import whole_shape
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.data import Tokenizer
@@ -46,7 +47,7 @@ def summarize(
         "peak_memory_bytes": counters.peak_memory_bytes,
         "state_bytes": of_devices["state_bytes"],
         "weights_bytes": of_devices["weights_bytes"],
-        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "parameters": sum(whole_shape(param).numel() for param in module.model.parameters()),
         "trainable_parameters": sum(
             math.prod(row.shape) for row in module.strategy.assignment(module.model) if row.role != "frozen"
         ),

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lowrank_train.nn.events import Event, Layerwise, Moments
 from lowrank_train.nn.reparam import ReparamLinear
+from lowrank_train.optim.activity import is_trainable
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.owners import rows_of
 from lowrank_train.train.sharding import gather_no_more
@@ -29,9 +30,12 @@ def whole_one_by_one(
     def parts(
         event: Event, layers: Mapping[str, ReparamLinear], moments: Moments
     ) -> Iterator[tuple[Mapping[str, ReparamLinear], Moments]]:
+        if event.together:
+            yield layers, moments
+            return
         gather_no_more(model)
         for name, layer in layers.items():
-            with made_whole(layer, optimizer) as of_whole:
+            with made_whole(layer, optimizer, of_trained=event.of_trained) as of_whole:
                 yield {name: layer}, of_whole
                 if not event.quiet:
                     equalize(layer)
@@ -41,17 +45,17 @@ def whole_one_by_one(
 
 @contextmanager
 @torch.no_grad()
-def made_whole(layer: nn.Module, optimizer: TransformOptimizer) -> Iterator[Moments]:
+def made_whole(layer: nn.Module, optimizer: TransformOptimizer, *, of_trained: bool = False) -> Iterator[Moments]:
     """Plain parameters in place of the shards of a layer, whose rows take over what has become of them.
 
-    Yields what reaches the moments of the shards by the whole parameters.
+    Yields what reaches the moments of the shards by the whole parameters. of_trained: the others stay as they are.
     """
     held: list[tuple[nn.Module, str, DTensor]] = []
     wholes: dict[DTensor, nn.Parameter] = {}
     versions: dict[DTensor, int] = {}
     for module in layer.modules():
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            if isinstance(param, DTensor):
+            if isinstance(param, DTensor) and (is_trainable(param) or not of_trained):
                 if param not in wholes:
                     wholes[param] = nn.Parameter(param.full_tensor().clone(), requires_grad=param.requires_grad)
                     versions[param] = wholes[param]._version

@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
@@ -17,21 +17,28 @@ from torch import nn
 from lowrank_train.config.errors import UserError
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.zero_checks import OTHERWISE, zero_stage
+from lowrank_train.memory.zero_shares import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS, PREFETCHED_ELEMENTS
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.update_stats import UpdateStats
 from lowrank_train.train.module import RunModule
 from lowrank_train.train.sharding import RestoredAsUnderDDP
 from lowrank_train.train.zero_shards import ShardOptimizer
-
-BUCKET_ELEMENTS = 200_000_000
-"""Numbers that travel together: Lightning's choice for DeepSpeed, which has 5e8."""
+from lowrank_train.train.zero_weights import let_go, share_out_, whole_state_dict
 
 
 class ZeroStrategy(RestoredAsUnderDDP, DeepSpeedStrategy):
     """Lightning's DeepSpeed with our checkpoint folders."""
 
+    engine: ClassVar[Any] = None
+    """The last one of this process: a module in parts is of use for as long as it is there."""
+
     def __init__(self, stage: int, *, rows: int, grad_clip: float | None, **others: Any) -> None:
         """`rows` of a micro-batch, which DeepSpeed wants to know for its own log."""
+        whole_for_a_while = {
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": PREFETCHED_ELEMENTS,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        }
         settings = {
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -41,6 +48,7 @@ class ZeroStrategy(RestoredAsUnderDDP, DeepSpeedStrategy):
                 "overlap_comm": torch.cuda.is_available(),
                 "reduce_bucket_size": BUCKET_ELEMENTS,
                 "allgather_bucket_size": BUCKET_ELEMENTS,
+                **(whole_for_a_while if stage == 3 else {}),
             },
             "train_micro_batch_size_per_gpu": rows,
             "gradient_clipping": grad_clip or 0.0,
@@ -53,7 +61,12 @@ class ZeroStrategy(RestoredAsUnderDDP, DeepSpeedStrategy):
         import deepspeed
 
         assert isinstance(model, RunModule) and isinstance(optimizer, TransformOptimizer)
+        if ZeroStrategy.engine is not None:  # a rehearsal's
+            let_go(ZeroStrategy.engine)
         self.shards = model.optimizer = ShardOptimizer.like(optimizer)
+        if self.zero_stage_3:
+            assert isinstance(self.config, dict)
+            share_out_(model, model.model, self.config, self.root_device)
         engine, zero, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank),
             config=self.config,
@@ -62,14 +75,20 @@ class ZeroStrategy(RestoredAsUnderDDP, DeepSpeedStrategy):
             optimizer=self.shards,
             dist_init_required=False,
         )
+        ZeroStrategy.engine = engine
         return engine, zero
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self.lightning_module.state_dict()
+        return whole_state_dict(self.lightning_module) if self.zero_stage_3 else self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         return self.shards.state_dict()
+
+    def teardown(self) -> None:
+        super().teardown()
+        if self.zero_stage_3 and self.lightning_module is not None:  # whose parts are still gathered, for samples
+            self.lightning_module.to(self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         LightningStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
@@ -92,10 +111,13 @@ class ZeroPrecision(DeepSpeedPrecision):
         self._device, self._narrow = device, narrow
 
     def convert_module(self, module: nn.Module) -> nn.Module:
+        """Autocast within DeepSpeed's engine, which turns it off where it is on around its forward pass."""
+        if self._narrow:
+            module.training_step = torch.autocast(self._device.type, torch.bfloat16)(module.training_step)
         return module
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device.type, torch.bfloat16) if self._narrow else nullcontext()
+        return nullcontext()
 
     def backward(  # as Lightning's own
         self, tensor: torch.Tensor, model: Any, optimizer: Any, *args: Any, **others: Any

@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_train.checkpoint_shards import whole_shape
 from lowrank_train.optim.exact_optimizer import bytes_by_kind
 from lowrank_train.optim.groups import Group
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.transform import Rates, State, Transform
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this rank keeps its numbers of a parameter: from `first` on, `count` of them, in `shard` from `at` on."""
+
+    shard: Tensor
+    at: int
+    first: int
+    count: int
+
+    @classmethod
+    def of(cls, param: Any, group: dict[str, Any]) -> Place:
+        """As DeepSpeed has noted it at the parameter."""
+        zero = getattr(param, "_z3_optimizer", None)
+        if zero is not None:  # stage 3 gives every rank as many numbers of each parameter, and pads the last part
+            number, at, length = zero.grad_position[zero.get_param_id(param)]
+            first = dist.get_rank() * length
+            count = max(0, min(length, param.ds_numel - first))
+            return cls(zero.fp32_partitioned_groups_flat[number], at, first, count)
+        (shard,) = group["params"]
+        if param._hp_mapping is None:  # stages 1 and 2 cut up the group, and this one lies on other ranks
+            return cls(shard, 0, 0, 0)
+        here, there = param._hp_mapping.hp_fragment_address, param._hp_mapping.lp_fragment_address
+        return cls(shard, here.start, there.start, there.numel)
+
+    def here(self, value: Tensor) -> Tensor:
+        """The part of what is kept with the shard."""
+        return value.narrow(0, self.at, self.count)
+
+    def there(self, whole: Tensor) -> Tensor:
+        """The same part of what belongs to the whole parameter."""
+        return whole.reshape(-1).narrow(0, self.first, self.count)
+
+
 class ShardOptimizer(TransformOptimizer):
     """p <- p - lr * transform(grad), where ZeRO puts one flat tensor in the place of the parameters of each group.
 
     The tensor holds this rank's share of the group's numbers, end to end, in float32, and ZeRO calls step() once a
-    group, after it has averaged and clipped. So the rules have to be elementwise. state_dict() is that of a process
-    that has whole parameters, and load_state_dict() takes such a one, whoever saved it; both are called on all ranks
-    at once.
+    group (under stage 3 once for each tensor, where it makes several of a large group), after it has averaged and
+    clipped. So the rules have to be elementwise. state_dict() is that of a process that has whole parameters, and
+    load_state_dict() takes such a one, whoever saved it; both are called on all ranks at once.
     """
 
     def __init__(self, groups: list[Group], *, lr: float, weight_decay: float) -> None:
@@ -70,7 +105,9 @@ class ShardOptimizer(TransformOptimizer):
             counted += len(params)
             groups.append({key: value for key, value in group.items() if key != "params"} | {"params": numbers})
             for number, param in zip(numbers, params, strict=True):
-                whole = {key: self._whole(param, value) for key, value in self._shard_of(group).items()}
+                place = Place.of(param, group)
+                kept: State = self.state.get(place.shard, {})
+                whole = {key: _whole(param, place, value) for key, value in kept.items()}
                 if whole and dist.get_rank() == 0:
                     states[number] = whole
         return {"state": states, "param_groups": groups}
@@ -81,11 +118,10 @@ class ShardOptimizer(TransformOptimizer):
             if group["param_names"] != theirs["param_names"]:
                 raise ValueError(f"the saved optimizer state of group {theirs['name']!r} is for other parameters")
             saved = [state_dict["state"].get(number, {}) for number in theirs["params"]]
-            (shard,) = group["params"]
             if any(saved):
-                own = self._state_of_shard(self._rules[group["name"]], shard)
                 for param, state in zip(params, saved, strict=True):
-                    _take_part(param, state, own)
+                    place = Place.of(param, group)
+                    _take_part(place, state, self._state_of_shard(self._rules[group["name"]], place.shard))
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         return ((group, self._members[group["name"]]) for group in self.param_groups)
@@ -97,33 +133,22 @@ class ShardOptimizer(TransformOptimizer):
             state.update(rule.init(shard, any_member))
         return state
 
-    def _shard_of(self, group: dict[str, Any]) -> State:
-        (shard,) = group["params"]
-        state: State = self.state.get(shard, {})
-        return state
 
-    def _whole(self, param: Tensor, value: Tensor | int) -> Tensor | int:
-        """What all ranks keep for a parameter, from the flat tensor that each keeps for a group."""
-        if isinstance(value, int):
-            return value
-        whole = torch.zeros(param.numel(), dtype=value.dtype, device=value.device)
-        mapping = param._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's note of the part that lies here
-        if mapping is not None:
-            _part(whole, mapping.lp_fragment_address).copy_(_part(value, mapping.hp_fragment_address))
-        dist.all_reduce(whole)
-        return whole.view(param.shape).cpu()
+def _whole(param: Any, place: Place, value: Tensor | int) -> Tensor | int:
+    """What all ranks keep for a parameter, from the flat tensor that each keeps for a group."""
+    if isinstance(value, int):
+        return value
+    shape = whole_shape(param)
+    whole = torch.zeros(shape.numel(), dtype=value.dtype, device=value.device)
+    place.there(whole).copy_(place.here(value))
+    dist.all_reduce(whole)
+    return whole.view(shape).cpu()
 
 
-def _take_part(param: Tensor, saved: State, own: State) -> None:
-    mapping = param._hp_mapping  # type: ignore[attr-defined]
+def _take_part(place: Place, saved: State, own: State) -> None:
     for key, value in saved.items():
         mine = own.get(key)
         if isinstance(value, int):
             own[key] = value
-        elif isinstance(mine, Tensor) and mapping is not None:
-            part = _part(value.reshape(-1), mapping.lp_fragment_address)
-            _part(mine, mapping.hp_fragment_address).copy_(part)
-
-
-def _part(flat: Tensor, address: Any) -> Tensor:
-    return flat.narrow(0, address.start, address.numel)
+        elif isinstance(mine, Tensor):
+            place.here(mine).copy_(place.there(value))

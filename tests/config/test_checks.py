@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lowrank_train.config import RunConfig, compose
-from lowrank_train.config.checks import LOWER_BOUNDS, UPPER_BOUNDS, cross_checks, micro_batches
+from lowrank_train.config.bounds import LOWER_BOUNDS, UPPER_BOUNDS
+from lowrank_train.config.checks import cross_checks, micro_batches
 from lowrank_train.config.strategy_checks import smallest_side
 
 Faults = Callable[..., list[str]]
@@ -97,6 +98,21 @@ REFUSED_AND_ALLOWED: list[tuple[str, str, str]] = [  # words refused; part of th
     ("strategy=frugal strategy.subspace.every=1", "no moment would outlive one", "strategy=frugal"),
     ("strategy.subspace.density=1.5", "must be at most 1", "strategy.subspace.density=0.5"),
     ("strategy=galore strategy/merge=periodic", "has no layers to fold", "strategy=relora"),
+    (
+        "strategy=fast_forward strategy.repeat.every=1300",
+        "no update would be repeated",
+        "strategy=galore strategy/repeat=fast_forward",
+    ),
+    (
+        "strategy=galore strategy/repeat=fast_forward precision=int8",
+        "an update moves codes by whole steps",
+        "strategy=galore strategy/repeat=fast_forward precision=bf16",
+    ),
+    (
+        "strategy=fast_forward trainer=fsdp trainer.devices=2",
+        "leaves each device a part of what is trained",
+        "strategy=fast_forward trainer=ddp trainer.devices=2",
+    ),
     ("strategy=lora strategy.weights.rank=129", "is above 128, the short side of mlp.down_proj", "strategy=lora"),
     ("strategy=relora strategy.merge.every=1300", "no merge would come", "strategy=relora strategy.merge.every=600"),
     ("strategy=relora strategy.merge.every=100 strategy.merge.delay=100", "[0, 100)", "strategy=relora"),

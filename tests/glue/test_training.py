@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertForMaskedLM
@@ -14,9 +15,9 @@ from transformers import BertForMaskedLM
 from lowrank_train.checkpoint import checkpoint_folder, checkpoint_folders, checkpoint_step
 from lowrank_train.cli import main
 from lowrank_train.config.schema import ModelConfig
-from lowrank_train.data.glue import TASKS
-from lowrank_train.data.glue.encoding import NO_LABEL
-from lowrank_train.evaluate.heads import GlueHead
+from lowrank_train.data.glue import TASKS, GlueValidation
+from lowrank_train.data.glue.encoding import NO_LABEL, EncodedRows
+from lowrank_train.evaluate.heads import CausalHead, GlueHead
 from lowrank_train.models import build_model
 from tests.glue.conftest import GALORE, SELECT, SIZES, WINGS, Run, result_of, rows_of, weights_of
 
@@ -129,6 +130,19 @@ def test_loss_of_classes_and_of_scores() -> None:
     labels = torch.tensor([4.0, 0.5, NO_LABEL])
     loss, _ = GlueHead(TASKS["stsb"]).loss(scores, {"input_ids": ids, "labels": labels})
     assert loss.item() == 9.0
+
+
+def test_few_rows_are_the_first_ones() -> None:
+    """Of a task every rank has them all, in the order of the file; of a text each rank has a share of its own."""
+    ids = [np.arange(2 + 3 * (row == 0), dtype=np.int32) for row in range(4)]  # the first is the longest
+    rows = EncodedRows(ids=ids, types=None, labels=[0.0, 1.0, 1.0, 0.0], pad_id=9, classes=True)
+    [batch] = GlueHead(TASKS["mrpc"]).few(GlueValidation({"validation": rows}, 2), 3, ranks=2)
+    assert batch["labels"].tolist() == [0, 1, 1] and batch["input_ids"].shape == (3, 5)
+    text = [{"input_ids": torch.full((4, 2), n), "labels": torch.full((4, 2), n), "n": n} for n in range(3)]
+    for ranks, sizes in ((1, [4, 2]), (2, [3]), (6, [1])):
+        found = CausalHead(0).few(text, 6, ranks)
+        assert [len(batch["labels"]) for batch in found] == sizes
+        assert [int(batch["input_ids"][0, 0]) for batch in found] == list(range(len(sizes)))
 
 
 def test_it_can_be_planned(encoder: Path, glue: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import torch
 from lowrank_train.cli import main
 from lowrank_train.config import compose
 from lowrank_train.config.schema import RunConfig
+from lowrank_train.memory import zero_shares
 from lowrank_train.memory.plan import counted, planned
 from lowrank_train.memory.shares import Shares, units_of
 from lowrank_train.memory.traffic import messages_of
@@ -172,6 +173,37 @@ def test_messages_of_zero_by_hand(stage: int, reduced: int) -> None:
         ("gradients", "reduce_scatter", reduced): PARAMETERS,
         ("weights, after the update", "all_gather", 1): PARAMETERS,
     }
+
+
+def test_messages_of_zero_3_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three micro-batches of two passes each; norms, which are small here, are gathered once an update."""
+    monkeypatch.setattr(zero_shares, "PERSISTENT_ELEMENTS", WIDTH)
+    got = found("strategy=full", "trainer.strategy=deepspeed_zero3", "trainer.total_batch_size=24",
+                "trainer.accelerator=gpu")  # fmt: skip
+    assert got == {
+        ("gradients", "reduce_scatter", 3): PARAMETERS,
+        ("weights, for the forward passes", "all_gather", 3): PARAMETERS - NORMS,
+        ("weights, for the backward passes", "all_gather", 3): PARAMETERS - NORMS,
+        ("small weights, after the update", "all_gather", 1): NORMS,
+    }
+
+
+def test_a_device_of_zero_3_keeps_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of weights, gradients and state, no second copy; in a pass all that is large is whole, for the model
+    is smaller than what is gathered ahead of time; and the bucket, which does not depend on the model."""
+    monkeypatch.setattr(zero_shares, "PERSISTENT_ELEMENTS", WIDTH)
+    on_gpus = "trainer.accelerator=gpu"
+    one = planned(configured("strategy=full", "trainer.devices=1", on_gpus))
+    three = planned(configured("strategy=full", "trainer.strategy=deepspeed_zero3", on_gpus))
+    for kind in ("trained_weights", "state.exp_avg", "state.exp_avg_sq", "gradients"):
+        assert three.bytes[kind] == PARAMETERS, kind  # 4 bytes each, on 4 devices: all numbers divide by 4
+    assert three.persistent_bytes == 3 * PARAMETERS + one.bytes["buffers"]
+    bucket = 4 * zero_shares.BUCKET_ELEMENTS
+    more = three.phases["update: forward"] - one.phases["update: forward"]
+    # Three quarters of weights, gradients and two moments are gone; the weights are there once more, whole.
+    assert more == bucket + 4 * PARAMETERS - 4 * (4 * PARAMETERS * 3 // 4)
+    kept = three.persistent_bytes + three.bytes["gradients"] + 2 * 2 * 32 * 8  # ids and labels of a micro-batch
+    assert three.phases["checkpoint"] == kept + bucket + 4 * NORMS + 4 * INNER * WIDTH  # the largest matrix
 
 
 def test_units_are_those_that_fsdp_cuts() -> None:

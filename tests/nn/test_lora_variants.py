@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank_train.nn.allora import ALLoRALinear
 from lowrank_train.nn.between import MoSLoRALinear, SoRA, SoRALinear
 from lowrank_train.nn.dylora import DyLoRALinear
 from lowrank_train.nn.lora import LoRALinear
+from lowrank_train.nn.lora_ggpo import LoRAGGPOLinear, noise
 from lowrank_train.nn.patterned_lora import CapaBoostLinear, MELoRALinear
 from lowrank_train.nn.reparam import layers_of
 from tests.nn.methods import Toy
@@ -51,6 +53,95 @@ def test_moslora_mixes_the_components(shape: tuple[int, int]) -> None:
         for j in range(4):
             update += 1.5 * begun.mixer[i, j] * torch.outer(layer.B[:, i], layer.A[j])
     assert_computes(layer, update)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (7, 13)], ids=str)
+def test_allora_scales_the_gradient_of_each_row(shape: tuple[int, int]) -> None:
+    """A and B learn from G_i / sqrt(|(B A)_i| + 1 / eta^2), G the gradient of the product; x gets it unscaled.
+
+    eta = 6 / 3, and row 0 of B is 0: it learns twice as fast. 1e-12: float64 sums of at most 20 terms."""
+    layer = ALLoRALinear.from_linear(linear_of(shape), rank=3, alpha=6.0)
+    assert isinstance(layer, ALLoRALinear)
+    filled(layer)
+    with torch.no_grad():
+        layer.B[0] = 0.0
+    assert_computes(layer, layer.B @ layer.A)
+    x, grad = (
+        torch.randn(2, 3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+        for size in shape[::-1]
+    )
+    layer.train()(x.requires_grad_()).backward(grad)
+    with torch.no_grad():
+        product = layer.B @ layer.A
+        of_product = grad.flatten(0, 1).T @ x.flatten(0, 1)
+        factors = 1 / (torch.linalg.vector_norm(product, dim=1) + 0.25).sqrt()
+        assert factors[0] == 2
+        scaled = factors[:, None] * of_product
+        for found, expected in (
+            (layer.A.grad, layer.B.T @ scaled),
+            (layer.B.grad, scaled @ layer.A.T),
+            (x.grad, grad @ (layer.weight + product)),
+        ):
+            torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_allora_computes_under_autocast() -> None:
+    """The product is in bfloat16, the factors and their gradients in float32; 3 bits of the mantissa are lost twice."""
+    layer = ALLoRALinear.from_linear(linear_of((20, 12), torch.float32), rank=3, alpha=6.0)
+    with torch.no_grad():
+        layer.get_parameter("lora_B").normal_(generator=torch.Generator().manual_seed(2))
+    x, grads = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)), []
+    for enabled in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            layer(x).float().square().sum().backward()
+        grads.append([layer.get_parameter(name).grad for name in ("lora_A", "lora_B")])
+    for exact, rough in zip(*grads, strict=True):
+        assert exact is not None and rough is not None and rough.dtype == torch.float32
+        assert (rough - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (7, 13)], ids=str)
+def test_ggpo_adds_noise_as_large_as_weights_and_gradients(shape: tuple[int, int]) -> None:
+    """The norms are those of the dense matrices; the noise is the same in forward and backward, other for each update,
+    and gone in evaluation. 1e-12: float64 sums of at most 20 terms."""
+    layer = LoRAGGPOLinear.from_linear(linear_of(shape), rank=3, alpha=6.0, sigma=0.5, beta=0.2, name="a")
+    assert isinstance(layer, LoRAGGPOLinear)
+    filled(layer)
+    assert_computes(layer, 2 * layer.B @ layer.A)
+    x, grad = (
+        torch.randn(2, 3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+        for size in shape[::-1]
+    )
+    eye, seen = torch.eye(shape[1], dtype=torch.float64), []
+    for number in (1, 2):
+        layer.zero_grad()
+        for rows in x:  # two micro-batches of an update
+            inside = rows.clone().requires_grad_()
+            layer.train()(inside).backward(grad[0])
+            noisy = layer(eye).detach().T  # W + E, column by column
+            torch.testing.assert_close(inside.grad, grad[0] @ noisy, atol=1e-12, rtol=1e-12)
+        seen.append(noisy - layer.dense_weight().detach())
+        assert layer.A.grad is not None and layer.B.grad is not None
+        of_product = 2 * (layer.B @ layer.A.grad + layer.B.grad @ layer.A).detach()
+        layer.renew_noise_(number)
+        norms = (torch.linalg.vector_norm(matrix, dim=1) for matrix in (layer.dense_weight().detach(), of_product))
+        expected = sum(factor * norm for factor, norm in zip((0.5, 0.2), norms, strict=True)) / math.sqrt(shape[0])
+        torch.testing.assert_close(layer.deviations, expected, atol=1e-12, rtol=1e-12)
+    assert not torch.equal(seen[0], seen[1]) and not layer.seen_A.any()
+
+
+def test_ggpos_noise_is_normal_and_follows_from_the_name() -> None:
+    """Over 40,000 numbers: mean 0 and deviation 1 within 5 standard errors, none beyond 4.3, which 16 bits allow."""
+    deviations, blocks = torch.linspace(1, 2, 200, dtype=torch.float64), []
+    for place, rows in noise(deviations, 200, seed=3):
+        blocks.append(rows / deviations[place, None])
+    numbers = torch.cat(blocks)
+    assert numbers.shape == (200, 200) and abs(numbers.mean()) < 0.025 and abs(numbers.std() - 1) < 0.018
+    assert abs((numbers.abs() < 1).double().mean() - 0.6827) < 0.012 and numbers.abs().max() < 4.4
+    first, second = (LoRAGGPOLinear.from_linear(linear_of((20, 12)), rank=3, name=name) for name in "ab")
+    x = torch.ones(1, 12, dtype=torch.float64)
+    assert not torch.equal(first.train()(x) - first.eval()(x), second.train()(x) - second.eval()(x))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -168,6 +259,9 @@ def test_a_loaded_dylora_goes_on_with_its_rank() -> None:
     ("kind", "options", "words"),
     [
         (MoSLoRALinear, {"init": "pissa"}, "init is pissa, but the update of MoSLoRA is not B A"),
+        (ALLoRALinear, {"alpha": 0.0}, r"alpha is 0\.0"),
+        (LoRAGGPOLinear, {"sigma": -0.1}, r"sigma is -0\.1"),
+        (LoRAGGPOLinear, {"train_a": False}, "train_a is false, but LoRA-GGPO needs"),
         (SoRALinear, {"threshold": -0.1}, r"threshold is -0\.1"),
         (MELoRALinear, {"minis": 3}, "minis is 3, which does not divide both sides of 20 x 12"),
         (MELoRALinear, {"rank": 4, "minis": 4}, "rank is 4, above the short side of the 4 blocks of 20 x 12"),

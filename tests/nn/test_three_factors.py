@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_train.nn.reparam import Origin
+from lowrank_train.nn.lamda import LaMDA, LaMDALinear
+from lowrank_train.nn.reparam import Origin, layers_of
 from lowrank_train.nn.three_factors import SORSA, CURLoRA, LoLDU, LoRAXS, SVFit, ThreeFactors, ThreeFactorsLinear
+from tests.nn.methods import Toy, train
 from tests.nn.test_lora import SHAPES, linear_of
+from tests.nn.test_lora import row as row_of
 
 RANK = 3
 
@@ -185,3 +190,66 @@ def test_in_bfloat16_the_start_lacks_only_what_the_residual_rounds(choice: SVFit
 def test_bad_values_are_named(options: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=rf"strategy\.weights\.{words}"):
         SORSA(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lamda_begins_between_halves_of_the_leading_part(shape: tuple[int, int]) -> None:
+    """With s = 2, s L R is the best approximation of rank 3, each of L and R has half of it, and W' lacks it; a random
+    start leaves W0 whole."""
+    layer, original = built(LaMDA(rank=RANK, alpha=6.0, stages=2), shape)
+    left, values, right = svd(original)
+    best = torch.from_numpy(left[:, :RANK] * values[:RANK] @ right[:RANK])
+    torch.testing.assert_close(2 * layer.whole_left() @ layer.right, best, atol=1e-12, rtol=0)
+    halves = torch.from_numpy(values[:RANK] / 2)
+    torch.testing.assert_close(layer.whole_left().square().sum(0), halves, atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer.right.square().sum(1), halves, atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer.weight.detach(), original - best, atol=1e-12, rtol=0)
+    assert torch.equal(layer.core, torch.eye(RANK, dtype=torch.float64))
+    random, original = built(LaMDA(rank=RANK, init="random", stages=1), shape)
+    assert torch.equal(random.dense_weight(), original) and torch.equal(random.weight, original)
+    assert 0.5 < random.core.abs().max() * 3**0.5 <= 1 and 0.9 < random.right.abs().max() * shape[1] ** 0.5 <= 1
+
+
+def test_lamda_freezes_its_columns_in_stages_and_frees_their_moments() -> None:
+    """5 columns in 2 stages over 30 % of 20 updates: 3 of them after the third, all after the sixth."""
+    choice = LaMDA(rank=5, stages=2)
+    choice.set_length(20)
+    assert [event.first for event in choice.events()] == [3, 6]
+    given = LaMDA(rank=5, stages=3, freeze_steps=2)
+    given.set_length(20)
+    assert [event.first for event in given.events()] == [1, 2, 2]
+    method = row_of("lamda")
+    strategy, model = method.strategy(weights=method.weights | {"rank": 5, "freeze_steps": 6}), Toy()
+    strategy.prepare(model)
+    optimizer = strategy.optimizer(model, lr=0.02)
+    begun = {name: layer.whole_left().clone() for name, layer in layers_of(model).items()}  # type: ignore[operator]
+    columns: dict[str, list[Tensor]] = {name: [value] for name, value in begun.items()}
+
+    def after(step: int) -> None:
+        for name, layer in layers_of(model).items():
+            assert isinstance(layer, LaMDALinear)
+            columns[name].append(layer.whole_left().detach().clone())
+            trained = [group in optimizer.state for group in layer.columns]
+            assert trained == [step < 3, step < 6] == [group.requires_grad for group in layer.columns]
+
+    train(model, strategy, optimizer, range(1, 10), after)
+    for history in columns.values():
+        moved = [(now != before).any(dim=0).tolist() for before, now in itertools.pairwise(history)]
+        assert moved == [[True] * 5] * 3 + [[False] * 3 + [True] * 2] * 3 + [[False] * 5] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alpha": 0.0}, r"alpha is 0\.0"),
+        ({"freeze_share": 0.0}, r"freeze_share is 0\.0"),
+        ({"freeze_share": 1.5}, r"freeze_share is 1\.5"),
+        ({"freeze_steps": 0}, "freeze_steps is 0"),
+        ({"rank": 4, "stages": 5}, "stages is 5"),
+    ],
+)
+def test_bad_values_of_lamda_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=rf"strategy\.weights\.{words}"):
+        LaMDA(**options)
+    with pytest.raises(ValueError, match="freeze_steps is null, and the length of the run is not known"):
+        LaMDA().events()

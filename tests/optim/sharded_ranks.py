@@ -28,6 +28,7 @@ from lowrank_train.optim.owners import RowShards, rows_of
 from lowrank_train.optim.sharded_state import whole_state_dict
 from lowrank_train.strategy import Strategy
 from tests.optim.bytes_by_rank import members_of, state_bytes_by_rank
+from tests.optim.two_ranks import TINY, storage
 from tests.test_strategies import Toy, small
 from tests.yeses import yeses
 
@@ -45,24 +46,34 @@ class Case:
     micro_batches: int = 1
     clip_norm_of: str | None = None
     rounding: Rounding | None = None  # of weights in bfloat16; None: float64
+    storage: str | None = None  # of state, in place of the strategy's own
 
     def __str__(self) -> str:
-        parts = (self.name, self.when, self.micro_batches, self.clip_norm_of, self.rounding)
+        parts = (self.name, self.when, self.micro_batches, self.clip_norm_of, self.rounding, self.storage)
         return "-".join(str(part) for part in parts if part is not None)
 
 
 def cases() -> Iterator[Case]:
     """Each strategy for whole weights that the support page has in rows: with accumulation and clipping after the
-    backward pass, and inside it. Reparametrised layers are in two_ranks.py."""
+    backward pass, with accumulation where gradients are compressed inside it, and with whole updates inside it.
+    Reparametrised layers are in two_ranks.py."""
     for name, when in yeses("fsdp"):
         text = (paths.CONF / "strategy" / f"{name}.yaml").read_text(encoding="utf-8")
         if re.search(r"^ *- weights:", text, flags=re.MULTILINE):
             continue
         projects = re.search(r"^ *- subspace:", text, flags=re.MULTILINE)
         clipped = "projected" if projects else "full"
-        yield Case(name, when, 2, clipped) if when == "after_backward" else Case(name, when)
+        if when == "after_backward":
+            yield Case(name, when, 2, clipped)
+        elif when == "project_in_backward" and not re.search(r"^ *- feedback:", text, flags=re.MULTILINE):
+            yield Case(name, when, 2)
+        else:
+            yield Case(name, when)
     for rounding in ("nearest", "stochastic", "compensated"):
         yield Case("galore", "after_backward", rounding=rounding)
+    for kept in ("bf16", "q8", "q4"):
+        yield Case("galore", "after_backward", 2, storage=kept)
+        yield Case("galore", "project_in_backward", 2, storage=kept)
 
 
 class Scaled(Toy):
@@ -89,8 +100,10 @@ class Run:
         self.model = Scaled()
         self.model.to(torch.bfloat16 if case.rounding else torch.float64)
         config = small(config)
-        if config.storage is not None:
-            config.storage = {**config.storage, "min_elements": 16, "block": 32}
+        if case.storage is not None:
+            config.storage = storage(case.storage)
+        elif config.storage is not None:
+            config.storage = {**config.storage, **TINY}
         config.when = case.when  # type: ignore[assignment]
         self.strategy = Strategy.from_config(config, seed=1, steps=UPDATES, rounding=case.rounding or "nearest")
         self.strategy.prepare(self.model)
@@ -126,9 +139,22 @@ class Run:
             self.optimizer.zero_grad()
             for part in parts[:-1]:
                 self.backward(part)
+            if self.apart and self.case.when == "project_in_backward" and len(parts) > 1:
+                self.require_freed()
             self.optimizer.step(lambda: self.last_backward(parts[-1], update))  # noqa: B023 called at once
             said.append({name: value for name, value in self.optimizer.stats.items() if name != "refresh_sec"})
         return said
+
+    def require_freed(self) -> None:
+        """Between micro-batches the gradients that are left are those of no subspace, and of bases that are due."""
+        left = []
+        for tensor, rule in self.optimizer.transform_of.items():
+            gradient = self.optimizer.ranks.parameter(tensor).grad
+            if isinstance(gradient, DTensor):
+                assert not rule.compresses or self.optimizer.ranks.is_due(self.optimizer, tensor)
+                left.append(gradient.to_local())
+        assert left and sum(g.untyped_storage().nbytes() for g in left) == sum(g.nbytes for g in left)
+        assert not self.optimizer.ranks._gradients  # type: ignore[attr-defined]
 
     def disturb(self) -> None:
         """As events do: moments of one parameter are thinned out, those of another begin anew."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.optim import sharded_ranks
-from tests.optim.two_ranks import RANKS, WARM
+from tests.optim.two_ranks import CODED, RANKS, STORED, WARM
 from tests.test_strategies import STRATEGIES, configured
 from tests.yeses import yeses
 
@@ -48,7 +48,7 @@ def test_every_yes_of_the_page_was_run(found: dict[str, dict[str, Any]]) -> None
     """None is left out. Whole weights in rows are run by the other program, each of whose cases is a test."""
     run = {(PAGE_NAME[shared], name, when) for name, when, shared in (case.split("-") for case in found)}
     run |= {("fsdp", case.name, case.when) for case in sharded_ranks.cases()}
-    run -= {("ddp", WARM, when) for when in ("after_backward", "in_backward")}
+    run = {case for case in run if case[1] not in (WARM, CODED, *STORED)}
     assert run == {(way, *yes) for way in ("ddp", "ddp_projected", "fsdp") for yes in yeses(way)}
 
 

@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lowrank_train.config import paths
+from lowrank_train.config.files import load_container
 from lowrank_train.config.schema import StrategyConfig
 from lowrank_train.nn.events import Layerwise, at_once
 from lowrank_train.nn.reparam import dense_state_dict
@@ -34,9 +36,13 @@ from tests.yeses import yeses
 
 UPDATES, ROWS, RANKS = 4, 8, 2
 WARM = "lora after dense updates"  # beside what the page has, for the parameters that come in the middle
+STORED = {f"{name} in {kept}": (name, kept) for name in ("galore", "lora") for kept in ("bf16", "q8", "q4")}
+CODED = "galore in int8"  # weights too
+"""Strategies whose state is kept otherwise; galore's under FSDP2 is in sharded_ranks.py."""
 EARLY = {"shrink_every": 2, "guided_steps": 2, "mask_change_every": 2, "evaluate_every": 1, "latest_steps": 3,
          "iteration_steps": 2, "every": 2, "dropout": 0.0}  # fmt: skip
 """So that events fall into the updates; and each rank would drop other numbers."""
+TINY = {"min_elements": 16, "block": 32, "block_q4": 32}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Case:
 def settings(name: str, config: StrategyConfig) -> StrategyConfig:
     """Of the toy's size, with events within the updates."""
     config = small(config)
+    if name in STORED:
+        config = replace(config, storage=storage(STORED[name][1]))
     for axis in ("weights", "merge"):
         part = getattr(config, axis)
         if part:
@@ -62,6 +70,11 @@ def settings(name: str, config: StrategyConfig) -> StrategyConfig:
             early |= {"warm_start_steps": 2} if name == WARM else {}
             setattr(config, axis, {**part, **early})
     return config
+
+
+def storage(name: str) -> dict[str, Any]:
+    """A storage of state that takes in tensors as small as the toy's."""
+    return load_container(paths.CONF / "strategy" / "storage" / f"{name}.yaml") | TINY
 
 
 def cases(configs: Mapping[str, StrategyConfig]) -> Iterator[Case]:
@@ -76,6 +89,9 @@ def cases(configs: Mapping[str, StrategyConfig]) -> Iterator[Case]:
         yield Case(WARM, when, "gradients", parts_of_batch(configs[WARM], when))
     for name, when in yeses("ddp_projected"):
         yield Case(name, when, "projected", parts_of_batch(configs[name], when))
+    for name in (*STORED, CODED):
+        yield Case(name, "after_backward", "gradients", 2)
+        yield Case(name, "after_backward", "projected" if configs[name].subspace else "sharded", 2)
     for name, when in yeses("fsdp"):
         if configs[name].weights:
             yield Case(name, when, "sharded", parts_of_batch(configs[name], when))
@@ -91,7 +107,7 @@ def trained(case: Case, config: StrategyConfig, count: int = 1, rank: int = 0) -
     torch.manual_seed(0)
     model = Toy().double()
     config = replace(config, when=case.when)  # type: ignore[arg-type]
-    strategy = Strategy.from_config(config, seed=1, steps=UPDATES)
+    strategy = Strategy.from_config(config, seed=1, steps=UPDATES, int8_group=16 if case.name == CODED else None)
     strategy.prepare(model)
     optimizer = strategy.optimizer(model, lr=1e-3, weight_decay=0.1, micro_batches=case.micro_batches)
     wrapped = False
@@ -164,7 +180,8 @@ def compared(case: Case, config: StrategyConfig, rank: int, alone: dict[str, Ten
 
 def main(rank: int, folder: Path) -> None:
     written = json.loads((folder / "configs.json").read_text(encoding="utf-8"))
-    written[WARM] = written["lora"]
+    written |= {WARM: written["lora"], CODED: written["galore"]}
+    written |= {stored: written[name] for stored, (name, _) in STORED.items()}
     configs = {name: settings(name, StrategyConfig(**config)) for name, config in written.items()}
     # The ranks share out the references, and make them before they meet: some layers speak to the other ranks too. All
     # moments of stepping give the same weights.

@@ -37,7 +37,7 @@ class Block(nn.Module):
 SMALL: dict[str, dict[str, Any]] = {
     "loha": {"rank": 2}, "fedpara": {"rank": 2}, "block_dense": {"rank": 4}, "dlrt": {"rank": 4}, "slope": {},
     "trp": {}, "block_shuffle": {}, "cuttlefish": {}, "maestro": {}, "lte": {"rank": 4, "alpha": 4.0},
-    "int8": {"group": 64}, "peft": {"type": "LORA", "r": 4},
+    "int8": {"group": 64}, "peft": {"type": "LORA", "r": 4}, "lamda": {"rank": 4, "stages": 2, "freeze_steps": 20},
 }  # fmt: skip
 """What is not simply rank=4."""
 

@@ -26,6 +26,10 @@ CASES = {
         *RELORA, "strategy.weights.warm_start_steps=4", "precision=bf16", "strategy.weights.rounding=stochastic",
         "strategy.when=in_backward", "optim.grad_clip=null", "strategy.merge.moments=fresh",
     ],
+    "fast forward, two micro-batches": [
+        "strategy=fast_forward", "strategy.weights.rank=4", "strategy.repeat.every=4", "strategy.repeat.rows=3",
+        "strategy.repeat.most=5", "trainer.total_batch_size=8", "optim.lr=1e-4",
+    ],
     "lora with 8-bit Lion": [
         "strategy=lora", "strategy.weights.rank=4", "strategy/rest=lion", "strategy/storage=q8",
         "strategy.storage.min_elements=64",
@@ -36,6 +40,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_resumes_exactly_around_every_event(run: Run, case: str) -> None:
     whole = run("whole", *CASES[case], "trainer.save_every_steps=1", "trainer.keep_checkpoints=12")
+    assert any(row["events"] for row in rows_of(whole)) == (case != "lora with 8-bit Lion")
     for step in (3, 4, 5, 8):
         start = checkpoint_folder(whole / "checkpoints", step)
         again = run(f"from_{step}", *CASES[case], f"resume={start}")

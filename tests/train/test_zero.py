@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,23 +20,32 @@ from lowrank_train.optim.groups import Group
 from lowrank_train.optim.moments import Adam
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.selection import slots_for
-from lowrank_train.train.zero import update_stats, zero_strategy
+from lowrank_train.train.zero import ZeroPrecision, update_stats, zero_strategy
 from tests.train.conftest import rows_of, saved
 
 # Adam's eps is large, for a small gradient's rounding is not to become an update's.
-SETTINGS = ["strategy=lora", "strategy.weights.rank=4", "strategy.rest.eps=1e-3", "data.packing=pad", "trainer.steps=6",
-            "trainer.total_batch_size=8"]  # fmt: skip
+SETTINGS = ["strategy.rest.eps=1e-3", "data.packing=pad", "trainer.steps=6", "trainer.total_batch_size=8",
+            "trainer.keep_checkpoints=2"]  # fmt: skip
+LORA = ("strategy=lora", "strategy.weights.rank=4")
+FULL = ("strategy=full", "model.tie_word_embeddings=true", "model.activation_checkpointing=true")
 
 
+@pytest.mark.parametrize(("stage", "strategy"), [(2, LORA), (3, FULL)], ids=["zero2", "zero3"])
 def test_a_run_goes_on_under_zero_and_is_exported(
-    run: Callable[..., Path], tiny: Callable[..., list[str]], project_root: Path, tmp_path: Path
+    run: Callable[..., Path],
+    tiny: Callable[..., list[str]],
+    project_root: Path,
+    tmp_path: Path,
+    stage: int,
+    strategy: tuple[str, ...],
 ) -> None:
-    """Three updates by one process, three by two: as six by one, in float32."""
+    """Three updates by one process, three by two: as six by one, in float32; and two more by one."""
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-    one = run("one", *SETTINGS, "trainer.batch_size=8")
+    settings = [*SETTINGS, *strategy]
+    one = run("one", *settings, "trainer.batch_size=8")
     start = checkpoint_folder(one / "checkpoints", 3)
-    devices = ["trainer.strategy=deepspeed_zero2", "trainer.devices=2", "trainer.batch_size=4"]
-    words = tiny("two", *SETTINGS, *devices, f"resume={start}")
+    devices = [f"trainer.strategy=deepspeed_zero{stage}", "trainer.devices=2", "trainer.batch_size=4"]
+    words = tiny("two", *settings, *devices, f"resume={start}")
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.zero_on_cpu", "train", *words],
         cwd=project_root,
@@ -46,19 +56,34 @@ def test_a_run_goes_on_under_zero_and_is_exported(
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected, found = saved(one), saved(tmp_path / "two")
+    assert_same(one, tmp_path / "two", 6)
+    results = [json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8")) for name in ("one", "two")]
+    for key in ("parameters", "trainable_parameters", "val_tokens"):
+        assert results[0][key] == results[1][key]
+    if stage == 3:
+        assert results[1]["weights_bytes"] == results[0]["weights_bytes"] / 2
+    more = [*settings, "trainer.batch_size=8", "trainer.steps=8"]
+    assert_same(run("on", *more, f"resume={one}"), run("back", *more, f"resume={tmp_path / 'two'}"), 8)
+    assert main(["export", f"run={tmp_path / 'two'}", f"out={tmp_path / 'hub'}"]) == 0
+
+
+def assert_same(one: Path, two: Path, updates: int) -> None:
+    """The last checkpoints and all rows, but for the last digits of float32."""
+    expected, found = saved(one), saved(two)
     for name, weight in expected["weights"].items():
         assert torch.allclose(weight, found["weights"][name], rtol=0, atol=1e-6), name
     (ours,), (theirs,) = (content["state"]["optimizer_states"] for content in (expected, found))
     assert ours["state"].keys() == theirs["state"].keys()
     for number, state in ours["state"].items():
-        assert state["step"] == theirs["state"][number]["step"] == 6
+        assert state["step"] == theirs["state"][number]["step"] == updates
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.allclose(state[key], theirs["state"][number][key], rtol=0, atol=1e-6), (number, key)
-    for a, b in zip(rows_of(one), rows_of(tmp_path / "two"), strict=True):
+    for a, b in zip(rows_of(one), rows_of(two), strict=True):
         for column in ("train/loss", "train/lr", "train/grad_norm", "tokens"):
             assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-5), column
-    assert main(["export", f"run={tmp_path / 'two'}", f"out={tmp_path / 'hub'}"]) == 0
+        assert bool(a["val/loss"]) == bool(b["val/loss"])
+        if a["val/loss"]:
+            assert float(a["val/loss"]) == pytest.approx(float(b["val/loss"]), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +95,7 @@ def test_a_run_goes_on_under_zero_and_is_exported(
         (["strategy=full", "strategy.when=in_backward"], "takes each gradient out of the backward pass itself"),
         (["strategy=full", "strategy/storage=q8"], "strategy.storage goes by tensors"),
         (["strategy=full", "precision=bf16"], "updates float32 copies of the weights"),
-        (["strategy=full", "trainer=deepspeed_zero3"], "use trainer=fsdp"),
+        (["strategy=full", "trainer=deepspeed_zero3", "model.compile=true"], "use model.compile=false"),
     ],
 )
 def test_what_flat_shards_cannot_give_is_refused(words: list[str], reason: str) -> None:
@@ -91,6 +116,22 @@ def test_without_a_gpu_the_machine_is_named() -> None:
     config = compose(["recipe=null", "strategy=full", "trainer=deepspeed_zero1", "trainer.accelerator=auto"])
     with pytest.raises(UserError, match="there is none here"):
         zero_strategy(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_autocast_is_on_within_the_engine(narrow: bool) -> None:
+    """DeepSpeed's forward pass turns off what is on around it, so that nothing may be."""
+
+    class Module(torch.nn.Module):
+        def training_step(self) -> bool:
+            return torch.is_autocast_enabled("cpu")
+
+    precision = ZeroPrecision(torch.device("cpu"), narrow=narrow)
+    module = Module()
+    precision.convert_module(module)
+    with precision.train_step_context():
+        assert not torch.is_autocast_enabled("cpu")
+        assert module.training_step() is narrow
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ class OnCpu(ZeroStrategy):
     def __init__(self, stage: int, **others: Any) -> None:
         super().__init__(stage, process_group_backend="gloo", **others)
         assert isinstance(self.config, dict)
-        self.config["zero_optimization"] |= {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
+        small = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
+        if stage == 3:  # so small that a tiny model's parameters are larger
+            small |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 2_000}
+        self.config["zero_optimization"] |= small
 
     def setup_environment(self) -> None:
         super(DeepSpeedStrategy, self).setup_environment()

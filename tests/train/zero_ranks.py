@@ -1,10 +1,12 @@
 """Run as a program, twice: strategies on the flat shards of ZeRO, beside one process on all rows.
 
-python -m tests.train.zero_ranks STAGE FILE writes a line of JSON for each strategy whose settings are in the file.
+python -m tests.train.zero_ranks FILE writes a line of JSON for each pair of a stage and a strategy's settings that is
+in the file.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -20,6 +22,7 @@ from lowrank_train.config.schema import StrategyConfig
 from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.strategy import Strategy
 from lowrank_train.train.zero_shards import ShardOptimizer
+from lowrank_train.train.zero_weights import share_out_, whole_state_dict
 from tests.test_strategies import Toy, small
 
 UPDATES, SAVED, ROWS, RANKS, MICRO_BATCHES, CLIP = 4, 2, 8, 2, 2, 0.5
@@ -64,20 +67,31 @@ class Shared:
             self.model.load_state_dict(weights)
         self.optimizer = ShardOptimizer.like(whole)
         buckets = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000, "overlap_comm": False}
+        if stage == 3:
+            buckets |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 1000}
+        config = {
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": stage, "contiguous_gradients": True, **buckets},
+            "train_micro_batch_size_per_gpu": ROWS // RANKS // MICRO_BATCHES,
+            "gradient_accumulation_steps": MICRO_BATCHES,
+            "gradient_clipping": CLIP,
+        }
+        if stage == 3:
+            share_out_(self.model, self.model, config, torch.device("cpu"))
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             model_parameters=[param for param in self.model.parameters() if param.requires_grad],
             optimizer=self.optimizer,
             dist_init_required=False,
-            config={
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": {"stage": stage, "contiguous_gradients": True, **buckets},
-                "train_micro_batch_size_per_gpu": ROWS // RANKS // MICRO_BATCHES,
-                "gradient_accumulation_steps": MICRO_BATCHES,
-                "gradient_clipping": CLIP,
-            },
+            config=config,
         )
+
+    def weights(self) -> dict[str, Tensor]:
+        """Of all ranks together."""
+        everyones: list[Any] = [whole_state_dict(self.model) if self.engine.zero_optimization_stage() == 3 else {}]
+        dist.broadcast_object_list(everyones, src=0)
+        return everyones[0] or {key: value.clone() for key, value in self.model.state_dict().items()}
 
     def train(self, first: int, last: int) -> None:
         for update in range(first, last):
@@ -91,7 +105,7 @@ def difference(settings: dict[str, Any], stage: int) -> dict[str, Any]:
     whole, expected = alone(settings)
     shared = Shared(settings, stage)
     shared.train(0, SAVED)
-    weights = {key: value.clone() for key, value in shared.model.state_dict().items()}
+    weights = shared.weights()
     everyones: list[Any] = [shared.optimizer.state_dict()]
     dist.broadcast_object_list(everyones, src=0)
     shared.train(SAVED, UPDATES)
@@ -99,7 +113,7 @@ def difference(settings: dict[str, Any], stage: int) -> dict[str, Any]:
     again.optimizer.load_state_dict(everyones[0])
     again.train(SAVED, UPDATES)
     found, later = shared.optimizer.state_dict(), again.optimizer.state_dict()
-    own, resumed = shared.model.state_dict(), again.model.state_dict()
+    own, resumed = shared.weights(), again.weights()
     pairs = [(value, own[key]) for key, value in whole.state_dict().items() if value.is_floating_point()]
     if dist.get_rank() == 0:
         assert found["state"].keys() == expected["state"].keys()
@@ -120,6 +134,7 @@ def difference(settings: dict[str, Any], stage: int) -> dict[str, Any]:
     else:
         same = not found["state"]  # which the first rank has
     return {
+        "stage": stage,
         "name": settings["name"],
         "difference": max(float((one - other).abs().max()) for one, other in pairs if one.numel()),
         "moved": any(not torch.equal(weights[key], own[key]) for key in own),
@@ -127,7 +142,7 @@ def difference(settings: dict[str, Any], stage: int) -> dict[str, Any]:
     }
 
 
-def main(stage: int, file: Path) -> None:
+def main(file: Path) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     backend: Any = importlib.import_module("deepspeed.comm.torch")
@@ -135,9 +150,12 @@ def main(stage: int, file: Path) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
-    for settings in json.loads(file.read_text(encoding="utf-8")):
+    for stage, settings in json.loads(file.read_text(encoding="utf-8")):
+        gc.freeze()  # DeepSpeed collects garbage for each engine, and would go through all that has been imported
         print("result", json.dumps(difference(settings, stage)), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
