@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from lowrank_train.adapter_files import base_model, read_adapter, write_adapter
@@ -19,10 +23,10 @@ from lowrank_train.models import auto_class, build_model, outputs_of
 from lowrank_train.nn.reparam import layers_of
 
 LARGEST_LOGIT_DIFFERENCE = 1e-4
-"""Between the trained model and what was written, and between that and what is read back, as a share of the largest
-logit where that is above 1: a pre-trained model has logits of 20 and more, and float32 rounds accordingly. A model of
-reparametrised layers is compared with its folded form in float32, before the one rounding to the weights' dtype; a
-logit in bfloat16 has steps of about 0.03, so that for what is read back it means equality."""
+"""Between the trained model and what was written, and between that and what is read back. A model of reparametrised
+layers is compared with its folded form, whose matrices are then in float32, by arithmetic in float64: where a layer
+takes from W0 what its factors add (PiSSA, LoLDU), float32 alone gives logits of 20 errors of 1e-3. What is read back
+holds the numbers that were written, so that there it means equality, in any dtype."""
 
 PROBE_TEXTS = (
     "It was the best of times, it was the worst of times.",
@@ -97,7 +101,8 @@ def dense_model(config: RunConfig, trained: Trained) -> PreTrainedModel:
         outputs=outputs_of(config.data),
     )
     plain.config.pad_token_id = trained.model.config.pad_token_id
-    plain.load_state_dict(trained.strategy.dense_state_dict(trained.model), strict=True)
+    # In float64, since what W0 and the factors take from each other (PiSSA, LoLDU) is lost in float32.
+    plain.load_state_dict(trained.strategy.dense_state_dict(trained.model, torch.float64), strict=True)
     return plain.eval()
 
 
@@ -118,38 +123,78 @@ def compare(config: RunConfig, trained: Trained, folder: Path) -> tuple[float, i
         return _largest_difference(trained.model, reloaded, rows), sum(ids.numel() for ids in rows)
     written = _largest_difference(dense_model(config, trained), reloaded, rows)
     trained.model.float()
-    folded = _largest_difference(trained.model, dense_model(config, trained), rows)
+    folded = _largest_difference(trained.model, dense_model(config, trained), rows, in_float64=True)
     return max(written, folded), sum(ids.numel() for ids in rows)
 
 
 def compare_adapter(config: RunConfig, trained: Trained, folder: Path) -> tuple[float, int]:
-    """As `compare`, of the base model with the adapter in `folder` on it, both in float32."""
+    """As `compare`, of the base model with the adapter in `folder` on it, both in float64."""
     _compare_ids(trained.tokenizer, folder)
     rows = _probe_rows(config, trained.tokenizer)
     trained.model.to("cpu")
     reloaded = read_adapter(base_model(config, trained), folder)
-    return _largest_difference(trained.model.float(), reloaded, rows), sum(ids.numel() for ids in rows)
+    difference = _largest_difference(trained.model.float(), reloaded, rows, in_float64=True)
+    return difference, sum(ids.numel() for ids in rows)
 
 
-def _largest_difference(model: PreTrainedModel, other: PreTrainedModel, rows: list[torch.Tensor]) -> float:
+def _largest_difference(
+    model: PreTrainedModel, other: PreTrainedModel, rows: list[torch.Tensor], *, in_float64: bool = False
+) -> float:
     """Of two models' logits. RunStopped when it is too large."""
-    largest = scale = 0.0
-    with torch.no_grad():
+    largest, arithmetic = 0.0, float64 if in_float64 else nullcontext
+    with torch.no_grad(), arithmetic(model), arithmetic(other):
         for ids in rows:
-            expected = model(input_ids=ids, use_cache=False).logits.float()
-            found = other(input_ids=ids, use_cache=False).logits.float()
+            expected = model(input_ids=ids, use_cache=False).logits.double()
+            found = other(input_ids=ids, use_cache=False).logits.double()
             if found.shape != expected.shape:
                 raise RunStopped(f"export failed: logits of shape {found.shape}, not {expected.shape}", EXIT_FAILURE)
-            largest = max(largest, float((found - expected).abs().max()))
-            scale = max(scale, float(expected.abs().max()))
-    most = LARGEST_LOGIT_DIFFERENCE * max(1.0, scale)
-    if not largest <= most:  # not (a <= b): NaN fails too
-        raise RunStopped(
-            f"export failed: the exported model's logits differ by {largest:.3g} from the trained model's "
-            f"(at most {most:.0e} is right); nothing was written",
-            EXIT_FAILURE,
-        )
+            difference = float((found - expected).abs().max())
+            if not difference <= LARGEST_LOGIT_DIFFERENCE:  # not (a <= b): NaN fails too
+                raise RunStopped(
+                    f"export failed: the exported model's logits differ by {difference:.3g} from the trained model's "
+                    f"(at most {LARGEST_LOGIT_DIFFERENCE:.0e} is right); nothing was written",
+                    EXIT_FAILURE,
+                )
+            largest = max(largest, difference)
     return largest
+
+
+@contextmanager
+def float64(model: nn.Module) -> Iterator[None]:
+    """Within it `model` computes in float64 with the numbers it has. One block of it at a time is held so: all of a
+    model of 7B parameters would be 56 GB."""
+    narrow: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def widen(module: nn.Module, _: object) -> None:
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            if tensor.is_floating_point():
+                narrow.append((tensor, tensor.data))
+                tensor.data = tensor.data.double()
+
+    def restore(*_: object) -> None:
+        while narrow:
+            tensor, data = narrow.pop()
+            tensor.data = data
+
+    hooks = []
+    for part in _parts(model):
+        hooks += [part.register_forward_pre_hook(widen), part.register_forward_hook(restore, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a model, and the modules before and after them."""
+    if isinstance(module, nn.ModuleList):
+        yield from module
+    elif any(isinstance(inside, nn.ModuleList) for inside in module.modules()):
+        for child in module.children():
+            yield from _parts(child)
+    else:
+        yield module
 
 
 def _compare_ids(tokenizer: Tokenizer, folder: Path) -> None:

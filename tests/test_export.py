@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from lowrank_train import export as export_module
 from lowrank_train.cli import main
@@ -19,6 +28,7 @@ from lowrank_train.config.schema import GenerateConfig
 from lowrank_train.evaluate.command import evaluate_trained
 from lowrank_train.evaluate.generate import sample
 from lowrank_train.evaluate.loading import open_trained
+from lowrank_train.strategy import Strategy
 from tests.train.conftest import corpus, run, tiny  # noqa: F401  (fixtures)
 
 Run = Callable[..., Path]
@@ -96,6 +106,39 @@ def test_an_export_that_is_not_the_same_fails_and_leaves_nothing(
     assert main(["export", f"run={folder}", f"out={tmp_path / 'hub'}"]) == 1
     assert "export failed" in capsys.readouterr().err
     assert not list(tmp_path.glob("hub*"))
+
+
+@pytest.mark.parametrize("kind", ["tied bfloat16 LLaMA with adapters", "BERT"])
+def test_arithmetic_in_float64_is_that_of_the_whole_model_in_float64(kind: str) -> None:
+    """Exactly; afterwards every tensor is the one it was, with no number changed."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "BERT":
+        model: PreTrainedModel = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=48))
+    else:
+        llama = LlamaConfig(**sizes, intermediate_size=48, tie_word_embeddings=True)
+        model = LlamaForCausalLM(llama).to(torch.bfloat16)
+        strategy = Strategy.from_config(compose(["strategy=lora", "strategy.weights.rank=4"]).strategy, seed=1)
+        strategy.prepare(model)
+        for name, param in model.named_parameters():
+            if name.endswith(".lora_B"):
+                torch.nn.init.normal_(param)
+    model.eval()
+    ids = torch.randint(64, (2, 17))
+    before = tensors(model)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(input_ids=ids).logits
+        with export_module.float64(model):
+            found = model(input_ids=ids).logits
+    assert found.dtype == torch.float64 and torch.equal(found, expected)
+    assert found.std() > 1e-3  # not all the same number
+    assert tensors(model) == before
+
+
+def tensors(model: PreTrainedModel) -> dict[str, tuple[int, int, torch.dtype]]:
+    """Which tensors they are, where their numbers lie, and in what dtype."""
+    state = model.state_dict(keep_vars=True)
+    return {name: (id(tensor), tensor.data_ptr(), tensor.dtype) for name, tensor in state.items()}
 
 
 def test_generate_is_seeded_and_reads_runs_and_folders(
