@@ -39,8 +39,9 @@ def optimizer_of(name: str, chosen: dict[str, Any], device: str) -> tuple[Strate
 
 
 def held_bytes(optimizer: TransformOptimizer) -> int:
-    """Of the memory behind all state tensors, each piece of it once."""
+    """Of the memory behind all state tensors and kept weights, each piece of it once."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    tensors += optimizer.previous.kept.values()
     memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(size for pointer, size in memory.items() if pointer)
 

@@ -36,6 +36,16 @@ class Trained:
     begin_id: int | None = None  # the mark before every text that the model was trained with, where there is one
 
 
+def quiet_transformers() -> None:
+    """No progress bars; and of DeepSpeed, which transformers imports where it is installed, errors alone."""
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # its level is set anew when it is imported
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def pick_device(trainer: TrainerConfig, local_rank: int = 0) -> torch.device:
     """The device of this process. UserError when a GPU is asked for and there is none."""
     if trainer.accelerator == "gpu" and not torch.cuda.is_available():
@@ -49,7 +59,7 @@ def open_trained(config: RunConfig) -> Trained:
     """The model that `run=` names, on this machine's device. UserError for what is not there or does not fit."""
     if not config.run:
         raise UserError(f"task {config.task} needs run=FOLDER: a run folder or a Hugging Face folder")
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     folder = Path(config.run)
     device = pick_device(config.trainer)
     if (folder / "config.yaml").is_file():

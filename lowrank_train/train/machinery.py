@@ -16,12 +16,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from transformers.utils import logging as transformers_logging
 
 from lowrank_train.config.errors import EXIT_OUT_OF_MEMORY, RunStopped, UserError
 from lowrank_train.config.fsdp_checks import sharded
 from lowrank_train.config.launch import started_by
 from lowrank_train.config.schema import RunConfig, TrainerConfig
+from lowrank_train.evaluate.loading import quiet_transformers
 from lowrank_train.memory.out_of_memory import is_out_of_memory, obituary, phase_of
 from lowrank_train.report.console import Console, WarningsToConsole
 from lowrank_train.train.checkpoint_io import FolderCheckpoints
@@ -56,7 +56,7 @@ def local_rank() -> int:
 
 def quiet_libraries(console: Console) -> None:
     """Leave only what concerns the user: our own warnings on the console, others' errors."""
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in NOT_FOR_THE_USER:
