@@ -262,7 +262,7 @@ def test_an_export_needs_a_copy_on_disk_and_three_in_memory(
 
 def test_a_bit_a_type_or_a_number_makes_a_difference() -> None:
     def held(weight: torch.Tensor, moment: Any, step: int) -> Any:
-        model = SimpleNamespace(state_dict=lambda: {"w": weight})
+        model = SimpleNamespace(state_dict=lambda keep_vars: {"w": weight})
         optimizer = SimpleNamespace(state_dict=lambda: {"state": {0: {"exp_avg": [moment], "step": step}}})
         return fingerprints(SimpleNamespace(model=model, optimizer=optimizer))  # type: ignore[arg-type]
 
