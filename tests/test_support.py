@@ -183,7 +183,7 @@ def test_every_strategy_that_zero_takes_is_on_two_processes_what_it_is_on_one(
     wanted = [(stage, name) for stage in taken for name in taken[stage] if stage > 1 or name in UNDER_STAGE_1]
     file = tmp_path / "strategies.json"
     file.write_text(json.dumps([(stage, asdict(configs[name].strategy)) for stage, name in wanted]), encoding="utf-8")
-    for rank in run_on_two(["tests.train.zero_ranks", str(file)], port=29713):
+    for rank in run_on_two(["tests.train.zero_ranks", str(file)], port=29713, folder=tmp_path):
         results = {(said["stage"], said["name"]): said for said in map(json.loads, rank)}
         assert list(results) == wanted and wanted
         for name, said in results.items():
@@ -191,25 +191,23 @@ def test_every_strategy_that_zero_takes_is_on_two_processes_what_it_is_on_one(
             assert said["moved"] and said["resumed"], name
 
 
-def run_on_two(module: Sequence[str], port: int) -> list[list[str]]:
-    """What two processes report, those that torch numbers 0 and 1."""
+def run_on_two(module: Sequence[str], port: int, folder: Path) -> list[list[str]]:
+    """What two processes report, those that torch numbers 0 and 1. They write to files: a full pipe would stop one."""
+    logs = [folder / f"rank_{rank}.log" for rank in range(2)]
     running = []
-    for rank in range(2):
+    for rank, log in enumerate(logs):
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = {**os.environ, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in places.items()}}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-m", *module],
-                cwd=ROOT,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+        with log.open("w", encoding="utf-8") as out:
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *module], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT
+                )
             )
-        )
-    outputs = [process.communicate(timeout=600) for process in running]
-    for process, (_, errors) in zip(running, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
+    codes = [process.wait(timeout=600) for process in running]
+    outputs = [log.read_text(encoding="utf-8") for log in logs]
+    assert codes == [0, 0], "".join(output[-3000:] for output in outputs)
     return [
-        [line.removeprefix("result ") for line in out.splitlines() if line.startswith("result ")] for out, _ in outputs
+        [line.removeprefix("result ") for line in output.splitlines() if line.startswith("result ")]
+        for output in outputs
     ]

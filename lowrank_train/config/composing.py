@@ -6,6 +6,7 @@ against the schema, so that a slip in a recipe or a group file is refused just a
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.suggest import nearest, suggest_key
 from lowrank_train.config.validate import build, known_keys
 from lowrank_train.config.words import Words, no_such_choice, read_words
+
+_STRATEGIES: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+"""Folder and choices -> what a strategy's files say: a grid or a table composes the same ones again and again."""
 
 MOST_REPAIRS = 8  # wrong choices inside files that are looked past to find more faults
 
@@ -54,8 +58,14 @@ def _with_recipe(words: Words) -> tuple[Any, Origins]:
     tree, origins = _composed(words)
 
     def compose_strategy(choices: Mapping[str, str | None]) -> Mapping[str, Any]:
-        node: Mapping[str, Any] = _composed(words, {**choices, RECIPE_GROUP: None})[0].strategy
-        return node
+        key = (paths.CONF, *choices.items())
+        found = _STRATEGIES.get(key)
+        if found is None:
+            faults = len(words.faults)
+            found = _composed(words, {**choices, RECIPE_GROUP: None})[0].strategy
+            if len(words.faults) == faults:  # else a wrong choice was looked past
+                _STRATEGIES[key] = found
+        return copy.deepcopy(found)
 
     words.notes += carry_over(tree, words, origins, compose_strategy)
     for group, choice in words.choices.items():
