@@ -85,11 +85,11 @@ def _checkpointing(config: RunConfig) -> Iterator[Change]:
 
 def _moments(config: RunConfig) -> Iterator[Change]:
     if config.strategy.when == "after_backward":
-        price = "no compute; one device only, and no norm of full gradients over several micro-batches"
+        price = "no compute; no norm of full gradients over several micro-batches"
         yield Change({"strategy.when": "project_in_backward"}, price)
     if config.strategy.when != "in_backward":
         rows = {"trainer.batch_size": str(rows_of_update(config))}
-        price = "no compute; one device only, the update in one micro-batch, no clipping"
+        price = "no compute; the update in one micro-batch, no clipping"
         yield Change({"strategy.when": "in_backward", **rows}, price)
 
 
