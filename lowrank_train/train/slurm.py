@@ -99,6 +99,9 @@ def requeued(stopped: StoppedBySignal) -> StoppedBySignal:
         refusal = "it was submitted without --requeue"
     number = submitit_signal(os.environ)
     if not refusal and number is None:
+        # Slurm ends a job that it requeues at once, by the signal that this process has answered already: what came of
+        # it is still to be said.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         refusal = scontrol("requeue", job)[1]
     elif not refusal and number is not None:
         if callable(signal.getsignal(number)):  # ours is no longer there, and submitit's is

@@ -44,7 +44,6 @@ PreemptMode=REQUEUE
 ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
-KillWait=5
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=low Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60

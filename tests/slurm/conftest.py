@@ -1,9 +1,10 @@
-"""Slurm's words for a test: an environment without a job, and a scontrol that only writes down what it is told."""
+"""Slurm's words for a test: an environment without a job, and a scontrol that writes down what it is told."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ SCONTROL = """#!/bin/sh
 echo "$*" >> {calls}
 case "$1" in
 show) cat {facts} ;;
-requeue) exit {code} ;;
+requeue) [ {code} != 0 ] || kill -TERM $PPID; exit {code} ;; # the signal by which Slurm ends what it requeues
 esac
 """
 
@@ -32,7 +33,7 @@ def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recorded]:
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Recorded]]:
     """Put a scontrol on the path that knows of job 77, in which this process then is; gives what it was told."""
 
     def install(
@@ -49,4 +50,6 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
         monkeypatch.setenv("SLURM_JOB_ID", "77")
         return lambda: calls.read_text().splitlines() if calls.exists() else []
 
-    return install
+    before = signal.getsignal(signal.SIGTERM)
+    yield install
+    signal.signal(signal.SIGTERM, before)  # which a process that has been requeued no longer hears

@@ -75,8 +75,8 @@ def test_preempted_and_signalled_it_is_the_run_it_would_have_been(
     wait_until(lambda: updates(asked) >= before + 20, "the requeued run trains")
     cluster.signal(job, "USR1")
     cluster.wait(job, "Restarts=2")
-    said = output.read_text()
     facts = cluster.wait(job, "JobState=COMPLETED")
+    said = output.read_text()
 
     assert "ExitCode=0:0" in facts and "Restarts=2" in facts
     assert "stopped by SIGTERM" in said and "stopped by SIGUSR1 after step" in said
