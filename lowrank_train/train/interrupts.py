@@ -7,7 +7,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from lowrank_train.train.slurm import requeue_signals
+from lowrank_train.train.slurm import Remembered, requeue_signals
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -47,6 +47,9 @@ class Interrupts:
         return 128 + self.received
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        before = self._previous.get(signal.Signals(number))
+        if isinstance(before, Remembered):  # who is about to lose the first rank, updates or not
+            before(number, frame)
         if self.received is None:
             self.received = signal.Signals(number)
         elif number == signal.SIGINT or not self._requeue_signals:

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -44,38 +44,57 @@ def submitit_signal(env: Mapping[str, str]) -> signal.Signals | None:
     return signal.Signals["SIG" + env.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")]
 
 
+class Remembered:
+    """For the ranks that the first one ends: whether a signal came."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+
+
 @contextlib.contextmanager
 def coming_back(env: Mapping[str, str]) -> Iterator[None]:
-    """Around all that a run does: ends it on a signal also outside of its updates, and has the job requeued last."""
+    """Around all that a run does: ends it on a signal also outside of its updates, and has the job requeued last.
+
+    There the first rank alone is ended by the signal, as soon as it does not wait for another one; the end of its
+    process is that of the job. Would the others leave, it might wait for them in vain, deaf to every signal.
+    """
+    remembered = Remembered()
     try:
-        with stopping_at_once():
+        with taking_signals(stop_at_once if is_first_process(env) else remembered):
             yield
     except StoppedBySignal as stopped:
         if is_first_process(env):
             raise requeued(stopped) from None
         # The first rank says why. srun --kill-on-bad-exit would take any other code for a crash, and kill it meanwhile.
         raise SystemExit(0 if "SLURM_JOB_ID" in env else stopped.exit_code) from None
+    except Exception:
+        if remembered.came:  # the first rank is gone, and said why
+            raise SystemExit(0) from None
+        raise
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """For where no update is under way."""
+    raise StoppedBySignal(
+        f"stopped by {signal.Signals(number).name} outside of the updates: nothing is lost. {AGAIN}",
+        128 + number,
+        asked_to_come_back=number in requeue_signals(os.environ),
+    )
 
 
 @contextlib.contextmanager
-def stopping_at_once() -> Iterator[None]:
-    """In a Slurm job: its signals and SIGTERM raise StoppedBySignal; for where no update is under way."""
+def taking_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """In a Slurm job: its signals and SIGTERM go to `handler`."""
     signals = requeue_signals(os.environ)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        raise StoppedBySignal(
-            f"stopped by {name} outside of the updates: nothing is lost. {AGAIN}",
-            128 + number,
-            asked_to_come_back=number in signals,
-        )
-
-    previous = {number: signal.signal(number, stop) for number in (signals and (*signals, signal.SIGTERM))}
+    previous = {number: signal.signal(number, handler) for number in (signals and (*signals, signal.SIGTERM))}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def requeued(stopped: StoppedBySignal) -> StoppedBySignal:

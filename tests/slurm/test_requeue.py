@@ -108,13 +108,44 @@ def test_a_signal_while_the_run_is_built_ends_it_at_once(scontrol: Scontrol, nam
     assert caught.value.exit_code == 128 + number and calls() == calls_made
 
 
-def test_other_ranks_leave_without_a_word(scontrol: Scontrol, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def second_rank(scontrol: Scontrol, monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """This process is the second of two tasks."""
     calls = scontrol()
     for key, value in {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(SystemExit) as caught, coming_back(os.environ):
+    return calls
+
+
+def test_other_ranks_go_on_until_the_first_has_ended_them(second_rank: Recorded) -> None:
+    """For it may be waiting for them, where Python has no turn to hear of the signal."""
+    reached = False
+    with coming_back(os.environ):
         signal.raise_signal(signal.SIGUSR1)
-    assert caught.value.code == 0 and calls() == []
+        reached = True
+    assert reached
+    with pytest.raises(SystemExit) as caught, coming_back(os.environ):
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("connection closed by peer")
+    assert caught.value.code == 0 and second_rank() == []
+    with pytest.raises(RuntimeError, match="of its own"), coming_back(os.environ):
+        raise RuntimeError("of its own")
+
+
+def test_so_do_they_among_updates(second_rank: Recorded) -> None:
+    """There the ranks agree where to stop, unless the first one was not yet, or no longer, among them."""
+    interrupts = Interrupts()
+    with pytest.raises(SystemExit) as caught, coming_back(os.environ):
+        interrupts.listen()
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+            raise RuntimeError("connection closed by peer")
+        finally:
+            interrupts.stop_listening()
+    assert caught.value.code == 0 and interrupts.asks_to_come_back
+    with pytest.raises(SystemExit) as caught, coming_back(os.environ):
+        raise stopped()  # all have saved
+    assert caught.value.code == 0 and second_rank() == []
 
 
 def test_a_folder_knows_the_job_that_came_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
