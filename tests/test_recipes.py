@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -191,30 +193,44 @@ def test_models_have_the_published_sizes(name: str) -> None:
     assert f"{total / 1e6:.2f} million parameters, {linear / 1e6:.2f} million" in head
 
 
+NEEDED = {  # by a choice, beside it
+    "model=hf": ["model.path=gpt2"],
+    "data=jsonl": ["data.train=[x.jsonl]"],
+    "data=text": ["data.train=[x.txt]"],
+    "data=tokens": ["data.train=[x]"],
+    "data=chat": ["data.train=[x.jsonl]", "data.validation=[y.jsonl]"],
+    "strategy/merge=periodic": ["strategy/weights=lora"],
+    "trainer=deepspeed_zero1": ["strategy=full"],
+    "trainer=deepspeed_zero2": ["strategy=full"],
+    "trainer=deepspeed_zero3": ["strategy=full"],
+}
+
+
+def one_of_each(groups: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """The choices of several groups as command lines: the first choice of each, the second of each, ..."""
+    words = [[f"{group}={choice}" for choice in choices] for group, choices in groups.items()]
+    return [[word for word in row if word] for row in itertools.zip_longest(*words)]
+
+
 def test_every_choice_of_every_group_composes() -> None:
-    """Beside a recipe that leaves nothing behind; what a choice needs is given with it."""
-    needed = {
-        "model=hf": ["model.path=gpt2"],
-        "data=jsonl": ["data.train=[x.jsonl]"],
-        "data=text": ["data.train=[x.txt]"],
-        "data=tokens": ["data.train=[x]"],
-        "data=chat": ["data.train=[x.jsonl]", "data.validation=[y.jsonl]"],
-        "strategy/merge=periodic": ["strategy/weights=lora"],
-        "trainer=deepspeed_zero1": ["strategy=full"],
-        "trainer=deepspeed_zero2": ["strategy=full"],
-        "trainer=deepspeed_zero3": ["strategy=full"],
-    }
-    refused = {"launcher=slurm": "add -m"}
-    own = ["model.path=x", "data.train=[x.jsonl]", "data.validation=[y.jsonl]"]
-    needed |= {f"recipe={name}": own for name in group_choices()["recipe"] if name.startswith("finetune/")}
-    for group, choices in group_choices().items():
-        for choice in choices:
-            word = f"{group}={choice}"
-            if word in refused:
-                with pytest.raises(UserError, match=refused[word]):
-                    compose([word, "strategy=full"])
-                continue
-            config = compose([word, *needed.get(word, [])])
+    """Groups whose choices do not restrict one another are tried at once; a fault names its key, file and line.
+
+    A trainer refuses some precisions, the recipes and the strategies choose for other groups: these come one by one,
+    without the recipes that test_glue_recipes.py and test_finetune_recipes.py compose.
+    """
+    groups = group_choices()
+    recipes, strategies, trainers = ({name: groups.pop(name)} for name in ("recipe", "strategy", "trainer"))
+    recipes["recipe"] = [name for name in recipes["recipe"] if not name.startswith(("glue/", "finetune/"))]
+    groups["launcher"].remove("slurm")
+    with pytest.raises(UserError, match="add -m"):
+        compose(["launcher=slurm", "strategy=full"])
+    axes = {group: choices for group, choices in groups.items() if group.startswith("strategy/")}
+    others = {group: choices for group, choices in groups.items() if group not in axes}
+    for words in itertools.chain.from_iterable(map(one_of_each, (recipes, strategies, trainers, axes, others))):
+        config = compose([*words, *itertools.chain.from_iterable(NEEDED.get(word, []) for word in words)])
+        for group, _, choice in (word.partition("=") for word in words):
+            part = getattr(config.strategy, group.removeprefix("strategy/"), None)
+            assert part or group not in axes, f"{group}={choice} is not there"
             node = getattr(config, group, None)
             assert node is None or group in ("optim", "trainer") or node.name == choice
 

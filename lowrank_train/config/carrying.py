@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from lowrank_train.config import paths
 from lowrank_train.config.origins import Origins
 from lowrank_train.config.parts import TARGET, NoSuchPart, arguments_of
-from lowrank_train.config.paths import RECIPE_GROUP
-from lowrank_train.config.words import Words
+from lowrank_train.config.paths import RECIPE_GROUP, until_changed
 
 EITHER_OR = (("strategy.subspace.rank", "strategy.subspace.density"),)
 """Two ways to say one thing: whichever is set later takes the place of the other."""
@@ -20,26 +20,19 @@ OF_THE_RUN = ("when", "basis_under_accumulation", "select")
 BUDGET = ("rank", "density", "every")
 """Keys that mean the same for every subspace; those of another axis only go with the class they were written for."""
 
-ComposeStrategy = Callable[[Mapping[str, str | None]], Mapping[str, Any]]
-"""Group -> choice; the strategy's node for these choices, without a recipe."""
 
+def carry_over(
+    tree: Any, base: Mapping[str, Any], chosen: str, own: str | None, laid: Mapping[str, Any], origins: Origins
+) -> list[str]:
+    """Put the strategy `base` into `tree`, with what a recipe wrote for another one as far as it fits.
 
-def carry_over(tree: Any, words: Words, origins: Origins, compose_strategy: ComposeStrategy) -> list[str]:
-    """Put into `tree` what its recipe says of the strategy, as far as it fits the chosen one; say what was left out.
-
-    A key is left out where the strategy of the command line has no such axis or argument, or sets it in its own file.
+    `tree` holds the strategy that the recipe was written for, `own` is its name, and `laid` are the keys that the
+    recipe sets of it. Gives what was left out: a key goes where the chosen strategy has no such axis or argument, or
+    sets it in its own file.
     """
     from omegaconf import OmegaConf
 
-    recipe = origins.selected.get(RECIPE_GROUP)
-    own, laid = recipe_strategy(recipe) if recipe else (None, {})
-    chosen = words.choices.get("strategy") or own
-    axes = {key: choice for key, choice in words.choices.items() if key.startswith("strategy/")}
-    if not laid or chosen is None or not (axes or chosen != own):
-        settle_either_or(tree, laid)
-        return []
-    written_for = compose_strategy({"strategy": own})
-    base = compose_strategy({"strategy": chosen, **axes})
+    written_for = tree.strategy
     of_the_method = dict(flat(_body(f"strategy/{chosen}"), "strategy.")) if chosen != own else {}
     carried, notes = {}, []
     for key, value in laid.items():
@@ -93,12 +86,8 @@ def _misfit(
 
 def recipe_strategy(recipe: str) -> tuple[str | None, dict[str, Any]]:
     """The strategy that a recipe and those it builds on choose, and the keys of it that they set."""
-    from omegaconf import OmegaConf
-
     path = paths.RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        return None, {}
-    node = OmegaConf.to_container(OmegaConf.load(path))
+    node = _node(path) if path.is_file() else None
     if not isinstance(node, dict):
         return None, {}
     chosen: str | None = None
@@ -117,11 +106,16 @@ def recipe_strategy(recipe: str) -> tuple[str | None, dict[str, Any]]:
 
 def _body(choice: str) -> dict[str, Any]:
     """What the file of a choice sets itself, beside its defaults list."""
-    from omegaconf import OmegaConf
-
-    node = OmegaConf.to_container(OmegaConf.load(paths.CONF / f"{choice}.yaml"))
+    node = _node(paths.CONF / f"{choice}.yaml")
     assert isinstance(node, dict)
     return {str(key): value for key, value in node.items() if key != "defaults"}
+
+
+@until_changed
+def _node(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -6,28 +6,22 @@ against the schema, so that a slip in a recipe or a group file is refused just a
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lowrank_train.config import paths
-from lowrank_train.config.carrying import carry_over, settle_either_or
+from lowrank_train.config.carrying import carry_over, recipe_strategy, settle_either_or
 from lowrank_train.config.checks import TASKS_WITH_RUN, cross_checks
 from lowrank_train.config.errors import UserError
-from lowrank_train.config.files import load_container, yaml_fault
+from lowrank_train.config.files import load_container
+from lowrank_train.config.hydra_tree import hydra_tree
 from lowrank_train.config.origins import Origins
-from lowrank_train.config.paths import RECIPE_GROUP, group_choices, recipe_files, recipe_name, require_conf, shown
+from lowrank_train.config.paths import RECIPE_GROUP, group_choices, require_conf
 from lowrank_train.config.schema import RunConfig
-from lowrank_train.config.suggest import nearest, suggest_key
+from lowrank_train.config.suggest import suggest_key
 from lowrank_train.config.validate import build, known_keys
-from lowrank_train.config.words import Words, no_such_choice, read_words
-
-_STRATEGIES: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-"""Folder and choices -> what a strategy's files say: a grid or a table composes the same ones again and again."""
-
-MOST_REPAIRS = 8  # wrong choices inside files that are looked past to find more faults
+from lowrank_train.config.words import Words, read_words
 
 
 def compose(argv: Sequence[str], notes: list[str] | None = None) -> RunConfig:
@@ -54,131 +48,32 @@ def compose(argv: Sequence[str], notes: list[str] | None = None) -> RunConfig:
 
 
 def _with_recipe(words: Words) -> tuple[Any, Origins]:
-    """The chosen groups and the recipe, which may have been written for another strategy than the chosen one."""
-    tree, origins = _composed(words)
+    """The chosen groups and the recipe, which may have been written for another strategy than the chosen one.
 
-    def compose_strategy(choices: Mapping[str, str | None]) -> Mapping[str, Any]:
-        key = (paths.CONF, *choices.items())
-        found = _STRATEGIES.get(key)
-        if found is None:
-            faults = len(words.faults)
-            found = _composed(words, {**choices, RECIPE_GROUP: None})[0].strategy
-            if len(words.faults) == faults:  # else a wrong choice was looked past
-                _STRATEGIES[key] = found
-        return copy.deepcopy(found)
-
-    words.notes += carry_over(tree, words, origins, compose_strategy)
-    for group, choice in words.choices.items():
+    Such a strategy is composed alone, so that a table of strategies composes everything else once.
+    """
+    of_strategy = {group: choice for group, choice in words.choices.items() if group.split("/")[0] == "strategy"}
+    others = {group: choice for group, choice in words.choices.items() if group not in of_strategy}
+    tree, selected = hydra_tree(words, others)
+    recipe = selected.get(RECIPE_GROUP)
+    own, laid = recipe_strategy(recipe) if recipe else (None, {})
+    chosen = of_strategy.get("strategy") or own
+    written_otherwise = laid and (chosen != own or len(of_strategy) > ("strategy" in of_strategy))
+    if chosen is not None and of_strategy and (written_otherwise or not recipe):
+        base, of_base = hydra_tree(words, {**of_strategy, "strategy": chosen}, alone=True)
+        selected = {group: choice for group, choice in selected.items() if group.split("/")[0] != "strategy"} | of_base
+        origins = Origins(words, selected)
+        words.notes += carry_over(tree, base.strategy, chosen, own, laid, origins)
+    else:
+        if of_strategy:
+            tree, selected = hydra_tree(words, words.choices)
+        origins = Origins(words, selected)
+        settle_either_or(tree, laid)
+    for group, choice in of_strategy.items():
         axis = group.partition("/")[2]
         if choice is None and axis:  # and with the part what the strategy's file or the recipe says of it
             tree.strategy.pop(axis, None)
     return tree, origins
-
-
-def _composed(words: Words, choices: Mapping[str, str | None] | None = None) -> tuple[Any, Origins]:
-    """Hydra's composition of the chosen groups and the recipe, and where each key of it came from."""
-    import yaml
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
-
-    chosen: dict[str, str | None] = dict(words.choices if choices is None else choices)
-    try:
-        # the default one too where none is wanted: Hydra looks for it before it leaves it out
-        register_recipes([chosen.get(RECIPE_GROUP) or "default"])
-    except UserError as error:
-        raise UserError([*words.faults, *error.faults]) from None
-    appended: set[str] = set()
-    for _ in range(MOST_REPAIRS):
-        overrides = [_group_word(key, choice, key in appended) for key, choice in chosen.items()]
-        try:
-            with initialize_config_dir(str(paths.CONF), version_base="1.3"):
-                tree = hydra_compose("config", overrides=overrides, return_hydra_config=True)
-        except MissingConfigException as error:
-            words.faults.append(_missing_choice(error, words))
-            missing = error.missing_cfg_file or ""
-            group, _, name = missing.rpartition("/")
-            close = nearest(name, error.options or [], limit=len(name))
-            if not close or chosen.get(group) == close:
-                break
-            chosen[group] = close
-        except HydraException as error:
-            absent = re.search(r"Could not override '([^']+)'", str(error))
-            if absent is None or absent[1] in appended:
-                words.faults.append(" ".join(str(error).split()))
-                break
-            appended.add(absent[1])  # the chosen strategy has no such axis of its own: it gets one
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            mark = getattr(error, "problem_mark", None)
-            path = shown(Path(mark.name)) if mark else "conf"
-            words.faults.append(
-                yaml_fault(error, path) if isinstance(error, yaml.YAMLError) else str(error).splitlines()[0]
-            )
-            break
-        else:
-            selected = OmegaConf.to_container(tree.hydra.runtime.choices)
-            assert isinstance(selected, dict)
-            OmegaConf.set_struct(tree, False)
-            with open_dict(tree):
-                tree.pop("hydra")
-            return tree, Origins(words, selected)
-    raise UserError(words.faults)
-
-
-def _group_word(key: str, choice: str | None, append: bool) -> str:
-    if choice is None:
-        return f"~{key}"
-    return f"{'+' if append else ''}{key}={choice}"
-
-
-def _missing_choice(error: Any, words: Words) -> str:
-    """The fault of a defaults list that names what is not there, for Hydra's exception about it."""
-    group, _, name = (error.missing_cfg_file or "").rpartition("/")
-    inside = re.search(r"In '([^']+)'", str(error))
-    where = f" (conf/{inside[1]}.yaml)" if inside else ""
-    for path in _recipes_behind(words.choices.get(RECIPE_GROUP, "default")):  # Hydra blames conf/config.yaml for these
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if re.search(rf"/{group}:\s*{re.escape(name)}\s*(#|$)", line):
-                where = f" ({shown(path)}, line {number})"
-    return f"{group}={name}{where}: {no_such_choice(name, error.options or [])}"
-
-
-def _recipes_behind(name: str | None) -> list[Path]:
-    """The file of a recipe and those of the recipes whose names occur in it, as they do where it builds on them."""
-    found: list[Path] = []
-    pending = [path for path in recipe_files() if recipe_name(path) == name]
-    while pending:
-        found.append(pending.pop())
-        text = found[-1].read_text(encoding="utf-8")
-        pending += [
-            path
-            for path in recipe_files()
-            if path not in [*found, *pending] and re.search(rf"\b{re.escape(recipe_name(path))}\b", text)
-        ]
-    return found
-
-
-def register_recipes(names: Iterable[str | None]) -> None:
-    """Store recipes as choices of Hydra's group `recipe`, at the root of the configuration. UserError for a broken one.
-
-    A group's name is its folder's name to Hydra, and recipes/ lies beside conf/: hence the store. Only what is asked
-    for is read, so that a recipe that is not YAML is a fault of those alone who choose it.
-    """
-    import yaml
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    for path in dict.fromkeys(path for name in names for path in _recipes_behind(name)):
-        group, _, name = f"{RECIPE_GROUP}/{recipe_name(path)}".rpartition("/")
-        try:
-            node = OmegaConf.load(path)
-        except yaml.YAMLError as error:
-            raise UserError(yaml_fault(error, shown(path))) from None
-        if not OmegaConf.is_dict(node):
-            raise UserError(f"{shown(path)}: holds no keys")
-        ConfigStore.instance().store(name=name, group=group, package="_global_", node=node)
 
 
 def _base_from_run(words: Words) -> tuple[Any, Origins] | None:
@@ -206,7 +101,7 @@ def _base_from_run(words: Words) -> tuple[Any, Origins] | None:
     origins = Origins(words, {}, folder / "config.yaml")
     if words.choices:
         choices = {RECIPE_GROUP: None, **words.choices}
-        composed, origins = _composed(words, choices)
+        composed, selected = hydra_tree(words, choices)
         for group in words.choices:
             key = group.replace("/", ".")
             node = OmegaConf.select(composed, key)
@@ -214,7 +109,7 @@ def _base_from_run(words: Words) -> tuple[Any, Origins] | None:
                 kept = {name: OmegaConf.select(base, f"data.{name}") for name in ("tokenizer", "seq_len")}
                 node = OmegaConf.merge(node, {name: value for name, value in kept.items() if value is not None})
             OmegaConf.update(base, key, node, merge=False, force_add=True)
-        origins = Origins(words, origins.selected, folder / "config.yaml")
+        origins = Origins(words, selected, folder / "config.yaml")
     words.values[:0] = [(key, None) for key in ("run", "out")]
     return base, origins
 

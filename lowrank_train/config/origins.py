@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_train.config import paths
-from lowrank_train.config.paths import RECIPE_GROUP, shown
+from lowrank_train.config.paths import RECIPE_GROUP, shown, until_changed
 from lowrank_train.config.words import Words
 
 
@@ -62,7 +62,7 @@ def _line(path: Path, package: str, key: str) -> int | None:
         if not key.startswith(f"{package}."):
             return None
         key = key.removeprefix(f"{package}.")
-    node: Any = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    node = _nodes(path)
     line = None
     for word in key.split("."):
         entries = node.value if isinstance(node, yaml.MappingNode) else []
@@ -71,3 +71,11 @@ def _line(path: Path, package: str, key: str) -> int | None:
             return None
         line, node = found[0].start_mark.line + 1, found[1]
     return line
+
+
+@until_changed
+def _nodes(path: Path) -> Any:
+    """The nodes of a file, which know their lines."""
+    import yaml
+
+    return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)

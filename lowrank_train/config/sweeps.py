@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_train.config import paths
-from lowrank_train.config.composing import compose, register_recipes
+from lowrank_train.config.composing import compose
 from lowrank_train.config.errors import EXIT_INTERRUPTED, UserError
 from lowrank_train.config.files import load_container
+from lowrank_train.config.hydra_tree import register_recipes
 from lowrank_train.config.paths import RECIPE_GROUP, group_choices
 from lowrank_train.config.sweep_jobs import Job, forget_jobs, recorded_jobs, run_folders
 from lowrank_train.config.words import no_such_choice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -15,6 +16,7 @@ from lowrank_train.config.suggest import suggest_key
 from lowrank_train.config.values import WrongValue, convert
 
 UNKNOWN = "there is no such key"
+hints_of = functools.cache(get_type_hints)  # of a dataclass of the schema; reading them off its texts takes a while
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def build(tree: dict[str, Any]) -> tuple[RunConfig | None, list[Fault]]:
     """The typed configuration and its faults; None when there are any."""
     tree = _copied(tree)  # values are put into their types in place
     faults = list(_faults(tree, RunConfig, ""))
-    known = known_keys(tree)
+    known = known_keys(tree) if faults else []
     named = [_with_suggestion(fault, tree, known) if fault.rule == UNKNOWN else fault for fault in faults]
     return (None, named) if named else (_construct(tree, RunConfig), [])
 
@@ -46,7 +48,7 @@ def _copied(node: Any) -> Any:
 
 
 def _faults(node: dict[str, Any], schema: type, prefix: str) -> Iterator[Fault]:
-    hints = get_type_hints(schema)
+    hints = hints_of(schema)
     for name, value in node.items():
         key = f"{prefix}{name}"
         expected = hints.get(name)
@@ -96,7 +98,7 @@ def _leaves(key: str, value: Any) -> Iterator[str]:
 def known_keys(tree: Mapping[str, Any], schema: type = RunConfig, prefix: str = "") -> list[str]:
     """Every dotted key of the schema, and those of the parts that the tree has chosen."""
     keys = []
-    for name, expected in get_type_hints(schema).items():
+    for name, expected in hints_of(schema).items():
         value = tree.get(name)
         keys.append(f"{prefix}{name}")
         if dataclasses.is_dataclass(expected) and isinstance(expected, type):
@@ -127,7 +129,7 @@ def _with_suggestion(fault: Fault, tree: Mapping[str, Any], known: list[str]) ->
 
 
 def _construct(tree: Mapping[str, Any], schema: type) -> Any:
-    hints = get_type_hints(schema)
+    hints = hints_of(schema)
     return schema(
         **{
             name: _construct(value, hints[name]) if dataclasses.is_dataclass(hints[name]) else value

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.suggest import nearest, suggest_key
-from lowrank_train.config.validate import known_keys
+from lowrank_train.config.validate import hints_of, known_keys
 from lowrank_train.config.values import did_you_mean
 
 WORD = re.compile(r"(?P<mark>~|\+\+|\+)?(?P<key>[^=\s]+?)(=(?P<value>.*))?", re.DOTALL)
@@ -126,5 +126,5 @@ def text_key(key: str) -> bool:
     """Is this a key of the schema whose value is text?"""
     schema: Any = RunConfig
     for name in key.split("."):
-        schema = get_type_hints(schema).get(name) if isinstance(schema, type) and schema not in (str, int) else None
+        schema = hints_of(schema).get(name) if isinstance(schema, type) and schema not in (str, int) else None
     return schema is str or schema == (str | None)

@@ -167,3 +167,29 @@ def test_no_recipe_and_no_lift_are_words_one_may_say() -> None:
     """recipe=null leaves the groups alone; deleting what a strategy does without anyway is no fault."""
     assert compose(["recipe=null", "trainer.steps=7"]).trainer.steps == 7
     assert compose(["strategy=full", "~strategy.subspace", "~strategy.lift"]).strategy.lift is None
+
+
+def test_what_is_composed_is_nobody_elses_and_as_new_as_its_files(own_yaml: Path) -> None:
+    """Trees are kept between calls: no change of one configuration, and no old file, may come out of another call."""
+    words = ["recipe=galore_60m", "strategy=fira"]
+    first = compose(words)
+    assert first.strategy.lift is not None and first.strategy.subspace is not None
+    first.strategy.lift["form"] = "changed"
+    first.strategy.select.clear()
+    assert first.strategy != compose(words).strategy == compose(words).strategy
+    for folder, name, text, new in (
+        ("conf/optim", "cosine", "lr: ", "lr: 7 #"),
+        ("conf/strategy", "fira", "name: fira", "name: mine"),
+        ("conf/strategy/lift", "scaled_residual", "scale: ", "scale: 9 #"),
+        ("recipes", "galore_60m", "rank: 128", "rank: 96"),
+        ("recipes", "galore_60m", "  lr: 0.01", "# lr: 0.01"),
+    ):
+        path = own_yaml / folder / f"{name}.yaml"
+        before = path.read_text()
+        assert text in before
+        path.write_text(before.replace(text, new, 1))
+        compose(words)
+    config = compose(words)
+    assert config.strategy.lift is not None and config.strategy.subspace is not None
+    assert (config.optim.lr, config.strategy.name, config.strategy.lift["scale"]) == (7, "mine", 9)
+    assert config.strategy.subspace["rank"] == 96
