@@ -81,7 +81,6 @@ def fake_run(config: RunConfig, vocab_size: int, layers: int | None = None) -> F
     """
     model, strategy = prepared(config, vocab_size, layers)
     collects = gc.isenabled()
-    gc.collect()
     gc.disable()  # what lies in reference cycles would be freed at moments that differ from run to run
     try:
         with fake_world(on_a_card=config.trainer.accelerator != "cpu") as watch:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lowrank_train.kernels.blockwise import code_book, nearest_codes
 from lowrank_train.kernels.pieces import PIECE_ELEMENTS
 from lowrank_train.memory.counting import parts_of
+from lowrank_train.memory.remembered import Remembered
 from lowrank_train.optim.subspace.dct import cosine_basis
 
 aten = torch.ops.aten
@@ -91,6 +92,7 @@ class StorageWatch(TorchDispatchMode):
     def __init__(self, *, on_a_card: bool) -> None:
         super().__init__()
         self._workspaces = WORKSPACE_BYTES_ON_A_CARD if on_a_card else WORKSPACE_BYTES
+        self._remembered = Remembered()
         self.seen = Watched()
         self.bytes_now = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -122,8 +124,8 @@ class StorageWatch(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # asked at every turn
             return args[0].fake_device
         kwargs = dict(kwargs or {})
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(is_traceable_wrapper_subclass(leaf) for leaf in inputs):
+        inputs = [*_tensors_in(args), *_tensors_in(kwargs.values())]
+        if any(type(leaf) is not FakeTensor and is_traceable_wrapper_subclass(leaf) for leaf in inputs):
             return NotImplemented  # it says itself what it does with its parts, and those come by here
         if func is aten._local_scalar_dense.default and isinstance(inputs[0], FakeTensor):
             return self._number(inputs[0])
@@ -135,18 +137,17 @@ class StorageWatch(TorchDispatchMode):
                 return self._take_in(func(*args, **kwargs))
         if generator is not None:
             kwargs["generator"] = None
-        out = func(*(self._chosen(args) if func is aten.index.Tensor else args), **kwargs)
+        out = self._remembered(func, self._chosen(args) if func is aten.index.Tensor else args, kwargs)
         self._take_in(out, func, args)
         workspace = self._workspaces.get(func, lambda *_: 0)(*args)
         self._extent.peak = max(self._extent.peak, self.bytes_now + workspace)
         return out
 
     def _take_in(self, out: Any, func: Any = None, args: Any = ()) -> Any:
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
-                if func is not None and tensor.dtype is torch.bool and tensor.numel() <= 1 << 12:
-                    self._truths[_key(tensor)] = self._truth(func, args)
+        for tensor in _tensors_in((out,)):
+            self._count(tensor)
+            if func is not None and tensor.dtype is torch.bool and tensor.numel() <= 1 << 12:
+                self._truths[_key(tensor)] = self._truth(func, args)
         return out
 
     def _count(self, tensor: Tensor) -> None:
@@ -261,6 +262,14 @@ def _fake(tensor: Tensor, device: torch.device) -> Tensor:
         made: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
         return made
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
 
 
 def _key(tensor: Tensor) -> int:

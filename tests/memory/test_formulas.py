@@ -6,12 +6,16 @@ says otherwise. Where we keep more or less than the source, the formula says so 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
 from lowrank_train.config import compose
+from lowrank_train.config.schema import RunConfig
 from lowrank_train.memory.plan import kept_bytes
 
 VOCABULARY = 32_000
@@ -127,11 +131,18 @@ def others(size: str) -> tuple[list[int], list[int]]:
     return 2 * [VOCABULARY * hidden], (2 * layers + 1) * [hidden]
 
 
+@functools.cache
+def configured(*words: str) -> RunConfig:
+    return compose([*words, "precision=bf16", "recipe=null", "task=plan"])
+
+
 def counted(strategy: str, size: str, rank_key: str | None = None) -> int:
     """Persistent bytes without buffers, which are rotary frequencies."""
-    ranked = [] if rank_key is None else [f"{rank_key}={SIZES[size][3]}"]
-    words = [f"strategy={strategy}", f"model={size}", "precision=bf16", "recipe=null", "task=plan", *ranked]
-    kept = kept_bytes(compose(words), VOCABULARY)
+    chosen = copy.deepcopy(configured(f"strategy={strategy}").strategy)
+    if rank_key is not None:
+        _, axis, key = rank_key.split(".")
+        getattr(chosen, axis)[key] = SIZES[size][3]
+    kept = kept_bytes(dataclasses.replace(configured(f"model={size}"), strategy=chosen), VOCABULARY)
     return sum(count for kind, count in kept.items() if kind != "buffers")
 
 
