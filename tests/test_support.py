@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from lowrank_train.config.paths import group_choices
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.support import MOMENTS, PARALLELISMS, STORAGES, Cell, cells
 from lowrank_train.support_table import Notes, grouped, rows, table
+from tests.train import zero_ranks
+from tests.two_processes import RANKS, on_two
 
 ROOT = Path(__file__).resolve().parents[1]
 AT_ONCE_SEC = 2.0  # of this process's time
@@ -169,7 +170,7 @@ def test_strategies_that_run_alike_share_a_line() -> None:
 def test_every_strategy_that_zero_takes_is_on_two_processes_what_it_is_on_one(
     found: Sequence[Cell], configs: Mapping[str, RunConfig], tmp_path: Path
 ) -> None:
-    """Weights and state after four updates of two micro-batches, clipped; and going on from a save is exact.
+    """Weights and state after three updates of two micro-batches, clipped; and going on from a save is exact.
 
     All under stages 2 and 3. Stage 1 hands our optimizer the same pieces as 2, and gathers gradients elsewhere,
     whatever they are of: some strategies, of dense weights, of factors, and of factors with sparse entries.
@@ -181,33 +182,12 @@ def test_every_strategy_that_zero_takes_is_on_two_processes_what_it_is_on_one(
     }
     assert taken[1] == taken[2] == taken[3]
     wanted = [(stage, name) for stage in taken for name in taken[stage] if stage > 1 or name in UNDER_STAGE_1]
-    file = tmp_path / "strategies.json"
-    file.write_text(json.dumps([(stage, asdict(configs[name].strategy)) for stage, name in wanted]), encoding="utf-8")
-    for rank in run_on_two(["tests.train.zero_ranks", str(file)], port=29713, folder=tmp_path):
-        results = {(said["stage"], said["name"]): said for said in map(json.loads, rank)}
+    cases = [(stage, asdict(configs[name].strategy)) for stage, name in wanted]
+    on_two(zero_ranks.main, cases, tmp_path, folder=tmp_path)
+    for rank in range(RANKS):
+        said_of_all = json.loads((tmp_path / f"found{rank}.json").read_text(encoding="utf-8"))
+        results = {(said["stage"], said["name"]): said for said in said_of_all}
         assert list(results) == wanted and wanted
         for name, said in results.items():
             assert said["difference"] < 2e-6, name  # float32, in sums of another order
             assert said["moved"] and said["resumed"], name
-
-
-def run_on_two(module: Sequence[str], port: int, folder: Path) -> list[list[str]]:
-    """What two processes report, those that torch numbers 0 and 1. They write to files: a full pipe would stop one."""
-    logs = [folder / f"rank_{rank}.log" for rank in range(2)]
-    running = []
-    for rank, log in enumerate(logs):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in places.items()}}
-        with log.open("w", encoding="utf-8") as out:
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", *module], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT
-                )
-            )
-    codes = [process.wait(timeout=600) for process in running]
-    outputs = [log.read_text(encoding="utf-8") for log in logs]
-    assert codes == [0, 0], "".join(output[-3000:] for output in outputs)
-    return [
-        [line.removeprefix("result ") for line in output.splitlines() if line.startswith("result ")]
-        for output in outputs
-    ]

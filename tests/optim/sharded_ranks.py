@@ -1,11 +1,10 @@
-"""Run as a program, twice: strategies for whole weights on parameters that FSDP2 has sharded, beside one process."""
+"""What each of two ranks does: strategies for whole weights on parameters sharded by FSDP2, beside one process."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,10 @@ from lowrank_train.strategy import Strategy
 from tests.optim.bytes_by_rank import members_of, state_bytes_by_rank
 from tests.optim.two_ranks import TINY, storage
 from tests.test_strategies import Toy, small
+from tests.two_processes import RANKS
 from tests.yeses import yeses
 
-UPDATES, SAVED, ROWS, RANKS = 5, 3, 8, 2
+UPDATES, SAVED, ROWS = 5, 3, 8
 POISONED = "model.layers.1.mlp.up_proj.weight"  # whose gradient is not finite in one of its rows
 ROUND = 200  # numbers that several matrices may have to go in one round: a matrix here has 144 or more
 
@@ -256,7 +256,8 @@ def described(state_dict: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, configs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """All cases, with the settings of their strategies; what is found goes into FOLDER/found.json."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS,
         timeout=datetime.timedelta(seconds=60),
@@ -273,15 +274,9 @@ def main(rank: int, folder: Path) -> None:
 
     RowShards.to_owners = counting  # type: ignore[method-assign,assignment]
     found = {}
-    configs = json.loads((folder / "configs.json").read_text(encoding="utf-8"))
     for case in cases():
-        if case.name in configs:
-            seen.clear()
-            found[str(case)] = compared(case, StrategyConfig(**configs[case.name]), seen)
+        seen.clear()
+        found[str(case)] = compared(case, StrategyConfig(**configs[case.name]), seen)
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -97,25 +97,26 @@ def test_basis_from_the_first_micro_batch_frees_every_gradient(basis: str) -> No
     assert held == (3 if basis == "window" else 0)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 5, 7])
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_resume_is_exact(method: Method, stop: int) -> None:
+def test_resume_is_exact(method: Method) -> None:
     """N + N updates equal 2N bit for bit, before, at and after a move of the basis; saved safely."""
-    model = toy_model()
+    model, saved = toy_model(), {}
     optimizer = optimizer_of(method.config(), model)
-    for update in range(stop):
+    for update in range(UPDATES):
+        if update in (1, 3, 4, 5, 7):
+            saved[update] = io.BytesIO()
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved[update])
         run_update(model, optimizer, update)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed = toy_model()
-    resumed.load_state_dict(saved["model"])
-    fresh = optimizer_of(method.config(), resumed)
-    fresh.load_state_dict(saved["optimizer"])
-    for update in range(stop, UPDATES):
-        run_update(resumed, fresh, update)
-    assert torch.equal(weights(resumed), run(method))
+    for stop, file in saved.items():
+        file.seek(0)
+        found = torch.load(file, weights_only=True)
+        resumed = toy_model()
+        resumed.load_state_dict(found["model"])
+        fresh = optimizer_of(method.config(), resumed)
+        fresh.load_state_dict(found["optimizer"])
+        for update in range(stop, UPDATES):
+            run_update(resumed, fresh, update)
+        assert torch.equal(weights(resumed), weights(model)), stop
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.optim import sharded_ranks
-from tests.optim.two_ranks import CODED, RANKS, STORED, WARM
+from tests.optim import sharded_ranks, two_ranks
+from tests.optim.two_ranks import CODED, STORED, WARM
 from tests.test_strategies import STRATEGIES, configured
+from tests.two_processes import RANKS, on_two
 from tests.yeses import yeses
 
 PAGE_NAME = {"before": "ddp", "gradients": "ddp", "projected": "ddp_projected", "sharded": "fsdp"}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> dict[str, dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What both processes have found, by case; all cases share one pair of them."""
     folder = tmp_path_factory.mktemp("ranks")
     configs = {name: dataclasses.asdict(configured(name)) for name in STRATEGIES}
-    (folder / "configs.json").write_text(json.dumps(configs), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.optim.two_ranks"]
-    started = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=project_root, stderr=subprocess.PIPE, text=True)
-        for rank in range(RANKS)
-    ]
-    errors = [process.communicate(timeout=1200)[1] for process in started]
-    assert not any(process.returncode for process in started), errors
+    on_two(two_ranks.main, configs, folder, folder=folder)
     first, second = (json.loads((folder / f"found{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS))
     return {case: first[case] | second[case] for case in first}
 

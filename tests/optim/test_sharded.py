@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,11 +20,12 @@ from lowrank_train.optim.owners import owner_of_each, rows_of, shared_out
 from lowrank_train.optim.stored import Storage, Stored
 from lowrank_train.optim.subspace.svd import Svd
 from lowrank_train.optim.transform import Slot, Transform
+from tests.optim import sharded_ranks
 from tests.optim.bytes_by_rank import state_bytes_by_rank
-from tests.optim.sharded_ranks import RANKS, ROUND, UPDATES, Case, cases
+from tests.optim.sharded_ranks import ROUND, UPDATES, Case, cases
 from tests.test_strategies import configured
+from tests.two_processes import on_two
 
-ROOT = Path(__file__).resolve().parents[2]
 GALORE = InSubspace(Svd(rank=3), Adam(), Backproject())
 SLOT = Slot("layer.weight", seed=1, phase=0.0, dtype=torch.float32)
 
@@ -89,15 +86,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one pair of processes has found, of all strategies."""
     folder = tmp_path_factory.mktemp("sharded")
     configs = {name: dataclasses.asdict(configured(name)) for name in sorted({case.name for case in cases()})}
-    (folder / "configs.json").write_text(json.dumps(configs), encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    program = [sys.executable, "-m", "tests.optim.sharded_ranks"]
-    pair = [
-        subprocess.Popen([*program, str(rank), str(folder)], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
-        for rank in range(RANKS)
-    ]
-    errors = [process.communicate()[1].decode() for process in pair]
-    assert not any(process.returncode for process in pair), "\n".join(errors)
+    on_two(sharded_ranks.main, configs, folder, folder=folder)
     read: dict[str, Any] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     return read
 

@@ -1,6 +1,6 @@
-"""Run as a program, twice: every yes of the support page on two ranks, beside one process on all rows.
+"""What each of two ranks does: every yes of the support page on two ranks, beside one process on all rows.
 
-Strategies for whole weights under FSDP2 have a program of their own, sharded_ranks.py, which sees more of their state.
+Strategies for whole weights under FSDP2 have sharded_ranks.py, which sees more of their state.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +31,10 @@ from lowrank_train.train.events import equalize_layers
 from lowrank_train.train.sharding import gather_no_more, shard_
 from lowrank_train.train.whole_layers import whole_one_by_one
 from tests.test_strategies import Toy, small
+from tests.two_processes import RANKS
 from tests.yeses import yeses
 
-UPDATES, ROWS, RANKS = 4, 8, 2
+UPDATES, ROWS = 4, 8
 WARM = "lora after dense updates"  # beside what the page has, for the parameters that come in the middle
 STORED = {f"{name} in {kept}": (name, kept) for name in ("galore", "lora") for kept in ("bf16", "q8", "q4")}
 CODED = "galore in int8"  # weights too
@@ -178,8 +178,8 @@ def compared(case: Case, config: StrategyConfig, rank: int, alone: dict[str, Ten
     return found
 
 
-def main(rank: int, folder: Path) -> None:
-    written = json.loads((folder / "configs.json").read_text(encoding="utf-8"))
+def main(rank: int, written: dict[str, dict[str, Any]], folder: Path) -> None:
+    """All cases, with the settings of their strategies; what is found goes into FOLDER/found0.json and found1.json."""
     written |= {WARM: written["lora"], CODED: written["galore"]}
     written |= {stored: written[name] for stored, (name, _) in STORED.items()}
     configs = {name: settings(name, StrategyConfig(**config)) for name, config in written.items()}
@@ -196,7 +196,3 @@ def main(rank: int, folder: Path) -> None:
     found = {str(case): compared(case, configs[case.name], rank, alone.get(case.name)) for case in cases(configs)}
     (folder / f"found{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,44 +1,43 @@
-"""Run as a program with a file of command lines: each is trained by the two processes that the first one starts."""
+"""What each of two processes does with some command lines: it trains them one after the other."""
 
 from __future__ import annotations
 
 import errno
-import functools
-import json
 import os
 import signal
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from lowrank_train.cli import main
 from lowrank_train.train import run
 from lowrank_train.train.machinery import leave_together
 from lowrank_train.train.module import RunModule
+from tests.train.conftest import without_card
 
 STOPPED, FULL_DISK = "stopped", "full_disk"  # in a run's name: what happens to it
-RANK = int(os.environ.get("LOCAL_RANK", "0"))
+close_window, write_data = RunModule.close_window, HuggingFaceStorageWriter.write_data
 
 
-def stopped_after_two(module: RunModule, close_window: Any) -> Any:
+def stopped_after_two(module: RunModule) -> Any:
     """A signal to one of the two processes in the middle of the run's second update."""
-    if RANK == 1 and module.global_step == 2:
+    if os.environ["LOCAL_RANK"] == "1" and module.global_step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
     return close_window(module)
 
 
 def no_room(*_: Any) -> Any:
     """One process cannot write its rows."""
-    if RANK == 1:
+    if os.environ["LOCAL_RANK"] == "1":
         raise OSError(errno.ENOSPC, "No space left on device")
     return write_data(*_)
 
 
 def trained(words: list[str], what: str | None) -> int:
     """The exit code of a run."""
-    window = functools.partialmethod(stopped_after_two, close_window) if what == STOPPED else close_window
+    window = stopped_after_two if what == STOPPED else close_window
     setattr(RunModule, "close_window", window)  # noqa: B010  (mypy forbids the assignment)
     setattr(HuggingFaceStorageWriter, "write_data", no_room if what == FULL_DISK else write_data)  # noqa: B010
     try:
@@ -47,10 +46,12 @@ def trained(words: list[str], what: str | None) -> int:
         return int(leaving.code or 0)
 
 
-if __name__ == "__main__":
-    close_window, write_data = RunModule.close_window, HuggingFaceStorageWriter.write_data
+def train_all(rank: int, lines: Sequence[tuple[list[str], str | None, int]]) -> None:
+    """Words, what happens to the run, and the code with which it is to end."""
+    # Lightning has read it where it was imported, before this process had one.
+    setattr(rank_zero_only, "rank", rank)  # noqa: B010
     setattr(run, "leave_together", lambda: None)  # noqa: B010  the next run goes on with these processes
-    file = Path(sys.argv[1])
-    codes = [trained(words, what) for words, what in json.loads(file.read_text(encoding="utf-8"))]
-    file.with_suffix(f".{RANK}").write_text(json.dumps(codes), encoding="utf-8")
+    with without_card():
+        codes = [trained(words, what) for words, what, _ in lines]
+    assert rank > 0 or codes == [code for _, _, code in lines], codes
     leave_together()

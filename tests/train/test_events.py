@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from lowrank_train.checkpoint import checkpoint_folder, load_weights, read_manif
 from lowrank_train.cli import main
 from lowrank_train.report.plots import plot_loss
 from tests.train.conftest import differences, rows_of, saved
+from tests.train.processes import train_on_two
 
 Run = Callable[..., Path]
 RELORA = ["strategy=relora", "strategy.weights.rank=4", "strategy.merge.every=4"]
@@ -104,17 +103,11 @@ def test_a_moment_that_cannot_be_thinned_is_refused_before_the_run(
     assert "strategy.merge.moments=fresh" in capsys.readouterr().err
 
 
-def test_a_merge_on_two_processes_is_a_merge_on_one(
-    run: Run, tiny: Callable[..., list[str]], project_root: Path, tmp_path: Path
-) -> None:
+def test_a_merge_on_two_processes_is_a_merge_on_one(run: Run, tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     """DDP over gloo, across two merges: the same losses, and the same new draws. 1e-4 for the order of the sums."""
     settings = [*RELORA, *RESTARTS, "strategy.weights.dropout=0", "data.packing=pad", "trainer.total_batch_size=8"]
     one = run("one", *settings, "trainer.batch_size=8")
-    words = tiny("two", *settings, "trainer.devices=2", "trainer.strategy=ddp")
-    done = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=project_root, capture_output=True, text=True, check=False, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    train_on_two(tiny("two", *settings), tmp_path)
     for a, b in zip(rows_of(one), rows_of(tmp_path / "two"), strict=True):
         assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4)
         assert a["events"] == b["events"]

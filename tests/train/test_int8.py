@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_train.checkpoint import checkpoint_folder
 from lowrank_train.cli import main
 from tests.train.conftest import differences, rows_of, saved
+from tests.train.processes import train_on_two
 
 Run = Callable[..., Path]
 ODD = "model.intermediate_size=75"  # no matrix of the MLP has a whole number of groups
@@ -41,21 +40,14 @@ def test_a_run_goes_on_to_the_same_bits(run: Run, settings: list[str]) -> None:
     assert rows_of(again)[6:] == rows_of(whole)[6:]
 
 
-def test_two_processes_go_on_to_the_same_bits(
-    tiny: Callable[..., list[str]], project_root: Path, tmp_path: Path
-) -> None:
+def test_two_processes_go_on_to_the_same_bits(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     """DDP sends every process the weights of the first, which must not encode them anew."""
-    settings = [ODD, "precision=int8", "data.packing=pad", "trainer.devices=2", "trainer.strategy=ddp"]
-    settings += ["trainer.steps=6", "trainer.eval_every_steps=0", "trainer.keep_checkpoints=2", "trainer.threads=1"]
-    for name, more in (
-        ("whole", []),
-        ("again", [f"resume={checkpoint_folder(tmp_path / 'whole' / 'checkpoints', 3)}"]),
-    ):
-        words = tiny(name, *settings, *more)
-        done = subprocess.run(
-            [sys.executable, "train.py", *words], cwd=project_root, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+    settings = [ODD, "precision=int8", "data.packing=pad", "trainer.steps=6", "trainer.eval_every_steps=0"]
+    settings += ["trainer.keep_checkpoints=2", "trainer.threads=1"]
+    train_on_two(tiny("whole", *settings), tmp_path)
+    train_on_two(
+        tiny("again", *settings, f"resume={checkpoint_folder(tmp_path / 'whole' / 'checkpoints', 3)}"), tmp_path
+    )
     whole, again = (saved(tmp_path / name) for name in ("whole", "again"))
     assert differences(whole["weights"], again["weights"]) == []
     assert differences(whole["state"]["optimizer_states"], again["state"]["optimizer_states"]) == []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from lowrank_train.config import UserError, compose
 from lowrank_train.nn.parallel_heads import FACTORS, ParallelHeadsLinear
 from lowrank_train.train.rank_local import join_copies, rank_local_names, take_own_copy, take_places
 from tests.train.conftest import differences, rows_of, saved
+from tests.train.sharded_runs import train_all
+from tests.two_processes import on_two
 
 Run = Callable[..., Path]
 # 11 updates: the last evaluation, the last checkpoint and the one of step 6 fall into the middle of a round.
@@ -33,21 +33,15 @@ TWO = [*LTE, "strategy.weights.heads=1", "strategy.weights.across_ranks=true", "
 UP = "model.layers.0.mlp.up_proj"
 
 
-def run_two(root: Path, words: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=root, capture_output=True, text=True, check=False, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_heads_on_two_processes_are_two_heads_of_one(
-    run: Run, tiny: Callable[..., list[str]], project_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tiny: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rank k sees the rows that head k would see. 1e-4 for float32 sums in another order, and for Adam's eps, since a
     gradient is twice as large where the loss is not shared with another head; measured: 6e-7, and 5e-5 in weights."""
     one = run("one", *LTE, "strategy.weights.heads=2", "trainer.batch_size=8")
-    run_two(project_root, tiny("two", *TWO))
     two = tmp_path / "two"
+    from_step_6 = f"resume={checkpoint_folder(two / 'checkpoints', 6)}"
+    on_two(train_all, [(tiny("two", *TWO), None, 0), (tiny("again", *TWO, from_step_6), None, 0)], folder=tmp_path)
     for a, b in zip(rows_of(one), rows_of(two), strict=True):
         assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4)
         assert a["events"] == b["events"]
@@ -61,7 +55,6 @@ def test_heads_on_two_processes_are_two_heads_of_one(
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-3 if first else 1e-4)
     assert ours[f"{UP}.lora_B"][0].ne(ours[f"{UP}.lora_B"][1]).any()
 
-    run_two(project_root, tiny("again", *TWO, f"resume={checkpoint_folder(two / 'checkpoints', 6)}"))
     again = saved(tmp_path / "again")
     assert differences(saved(two)["weights"], again["weights"]) == []
     assert differences(saved(two)["state"]["optimizer_states"], again["state"]["optimizer_states"]) == []

@@ -6,8 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +22,7 @@ from lowrank_train.train import checkpoint_io, rehearsal, room, run_length
 from lowrank_train.train import run as run_file
 from lowrank_train.train.fingerprints import differing, fingerprints, listed
 from tests.train.conftest import assert_same_run, rows_of
+from tests.train.processes import train_on_two
 
 Run = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -67,18 +66,11 @@ def test_the_run_is_the_one_without(run: Run, capsys: Capture, settings: list[st
     assert not (rehearsed / "checkpoints" / rehearsal.FOLDER).exists()
 
 
-def test_two_processes_rehearse_together(
-    run: Run, tiny: Callable[..., list[str]], project_root: Path, tmp_path: Path
-) -> None:
+def test_two_processes_rehearse_together(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     """DDP over gloo: the same bits as without, which two runs of as many processes have."""
-    settings = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.steps=6", "trainer.threads=1"]
     for name, rehearse in (("plain", "false"), ("rehearsed", "true")):
-        done = subprocess.run(
-            [sys.executable, "train.py", *tiny(name, *settings, f"rehearse={rehearse}")],
-            cwd=project_root, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert "the same bits, also an update later" in phases_of(done.stdout)["kill and resume"]
+        said = train_on_two(tiny(name, "trainer.steps=6", "trainer.threads=1", f"rehearse={rehearse}"), tmp_path)
+    assert "the same bits, also an update later" in phases_of(said)["kill and resume"]
     assert_same_run(tmp_path / "plain", tmp_path / "rehearsed")
 
 

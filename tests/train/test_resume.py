@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,17 @@ from pathlib import Path
 import pytest
 
 from lowrank_train.checkpoint import checkpoint_folders, load_state, newest_complete
-from tests.train.conftest import assert_same_run, rows_of, wait_for
+from tests.train.conftest import assert_same_run, rows_of
+from tests.train.processes import Started
 
 Run = Callable[..., Path]
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Started]
+
+
+@pytest.fixture
+def start(tiny: Callable[..., list[str]]) -> Start:
+    """Train in a process of its own."""
+    return lambda name, *more: Started(tiny(name, *more))
 
 
 @pytest.mark.parametrize(
@@ -30,9 +36,9 @@ def test_kill_minus_nine_and_the_same_command_again(run: Run, start: Start, sett
     whole = run("whole", *settings)
     killed = start("killed", *settings)
     victim_step = random.Random(str(settings)).randint(1, 11)
-    wait_for(killed, f"step: {victim_step:>2}/12")
-    killed.kill()
-    killed.wait()
+    killed.wait_for(f"step: {victim_step:>2}/12")
+    killed.signal(signal.SIGKILL)
+    assert killed.rest()[0] == -signal.SIGKILL
     assert len(rows_of(whole)) == 12
     before = checkpoint_folders(whole.with_name("killed") / "checkpoints")
     assert len(before) >= (victim_step - 1) // 3 - 1
@@ -44,19 +50,19 @@ def test_killed_at_random_moments_until_it_is_done(run: Run, start: Start) -> No
     moments = random.Random(5)
     for _ in range(2):
         process = start("killed", "trainer.save_every_steps=1")
-        wait_for(process, "run folder")
+        process.wait_for("run folder")
         time.sleep(moments.uniform(0.0, 0.5))
-        process.kill()
-        process.wait()
+        process.signal(signal.SIGKILL)
+        process.rest()
     assert_same_run(whole, run("killed", "trainer.save_every_steps=1"))
 
 
 def test_ctrl_c_lets_the_update_finish_and_saves(run: Run, start: Start) -> None:
     asked = start("asked", "trainer.save_every_steps=0")
-    wait_for(asked, "step:  2/12")
-    asked.send_signal(signal.SIGINT)
-    rest = asked.communicate(timeout=60)[0]
-    assert asked.returncode == 130
+    asked.wait_for("step:  2/12")
+    asked.signal(signal.SIGINT)
+    code, rest = asked.rest()
+    assert code == 130
     assert "stopped by SIGINT after step" in rest and "same command again" in rest
     assert_same_run(run("whole"), run("asked", "trainer.save_every_steps=0"))
 
@@ -65,11 +71,11 @@ def test_sigterm_during_an_evaluation_does_not_wait_for_it(run: Run, start: Star
     many = f"data.validation=[{','.join([f'{corpus}/train.jsonl'] * 3)}]"  # seconds of evaluation
     settings = ["trainer.steps=3", "optim.warmup_steps=1", "trainer.eval_every_steps=2", "trainer.batch_size=2", many]
     asked = start("asked", *settings)
-    wait_for(asked, "step: 2/3")
+    asked.wait_for("step: 2/3")
     time.sleep(0.1)
-    asked.send_signal(signal.SIGTERM)
-    rest = asked.communicate(timeout=60)[0]
-    assert asked.returncode == 143 and "val_loss" not in rest
+    asked.signal(signal.SIGTERM)
+    code, rest = asked.rest()
+    assert code == 143 and "val_loss" not in rest
     whole = run("whole", *settings)
     folder = whole.with_name("asked")
     checkpoint, _ = newest_complete(folder / "checkpoints")
@@ -82,18 +88,18 @@ def test_sigterm_during_an_evaluation_does_not_wait_for_it(run: Run, start: Star
 
 def test_a_second_signal_ends_it_at_once(start: Start) -> None:
     process = start("twice", "trainer.total_batch_size=40000", "trainer.steps=12")
-    wait_for(process, "run folder")
+    process.wait_for("run folder")
     time.sleep(1.5)  # into the first update, which takes minutes
     try:
         for sent in range(30):  # several that come while torch computes are one to Python, on a busy machine
-            if process.poll() is not None:
+            process.signal(signal.SIGINT)
+            if process.ended(0.3 if sent == 0 else 1.0):
                 break
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.3 if sent == 0 else 1.0)
-        process.communicate(timeout=10)
+        assert process.ended(10)
     finally:
-        process.kill()  # nothing once it has ended
-    assert process.returncode in (-signal.SIGINT, 130)
+        if not process.ended(0):
+            process.signal(signal.SIGKILL)
+    assert process.rest()[0] in (-signal.SIGINT, 130)
 
 
 def test_the_old_run_is_kept_when_starting_over(run: Run) -> None:

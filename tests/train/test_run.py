@@ -49,7 +49,7 @@ def furthest(first: Path, second: Path) -> float:
 
 
 def test_the_run_folder_holds_everything(run: Run, tiny: Words, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = run("r")
+    folder = run("r", card=True)
     out, err = capfd.readouterr()
     assert err == ""
     assert "\r" not in out and "Tip" not in out
@@ -75,6 +75,7 @@ def test_the_run_folder_holds_everything(run: Run, tiny: Words, capfd: pytest.Ca
     assert result["tokens"] == 12 * 4 * 32 == int(rows[-1]["tokens"])
     assert result["val_loss"] == float(rows[-1]["val/loss"])
     assert set(result["state_bytes"]) == {"exp_avg", "exp_avg_sq", "basis"}
+    assert result["planned"]["complete"] and result["planned"]["peak_bytes"] > sum(result["state_bytes"].values())
     assert "validation perplexity" in out and str(folder / "loss.png") in out
 
 

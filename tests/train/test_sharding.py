@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,9 @@ from lowrank_train.config.files import to_container
 from lowrank_train.parallel import refuse_parallel
 from lowrank_train.train.level import LevelBatches
 from lowrank_train.train.run_folder import changed_keys
-from tests.train.conftest import assert_same_run, rows_of, saved
-from tests.train.sharded_runs import FULL_DISK, STOPPED
+from tests.train.conftest import assert_same_run, rows_of, saved, without_card
+from tests.train.sharded_runs import FULL_DISK, STOPPED, train_all
+from tests.two_processes import on_two
 
 Words = Callable[..., list[str]]
 
@@ -55,7 +54,7 @@ RESUMED = {name: STRATEGIES[name] for name in ("galore", "relora", "lisa")}
 
 
 @pytest.fixture(scope="module")
-def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> Path:
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of this file, in one process and in one pair of processes; the folder of them all."""
     folder = tmp_path_factory.mktemp("sharded")
 
@@ -70,12 +69,13 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory, project_root: P
             "generate.max_new_tokens=4", "rehearse=false", *more,
         ]  # fmt: skip
 
-    for name, strategy in (*STRATEGIES.items(), ("mixed", MIXED)):
-        assert main(words(f"{name}-1", *strategy, *ONE)) == 0
-    for name, strategy in RESUMED.items():
-        assert main(words(f"{name}-121", *strategy, *ONE, steps=2)) == 0
-        shutil.copytree(folder / f"{name}-1", folder / f"{name}-six-1")
-        assert main(words(f"{name}-six-1", *strategy, *ONE, steps=6)) == 0
+    with without_card():
+        for name, strategy in (*STRATEGIES.items(), ("mixed", MIXED)):
+            assert main(words(f"{name}-1", *strategy, *ONE)) == 0
+        for name, strategy in RESUMED.items():
+            assert main(words(f"{name}-121", *strategy, *ONE, steps=2)) == 0
+            shutil.copytree(folder / f"{name}-1", folder / f"{name}-six-1")
+            assert main(words(f"{name}-six-1", *strategy, *ONE, steps=6)) == 0
     lines: list[tuple[list[str], str | None, int]] = [
         (words(f"{name}-2", *strategy, *TWO), None, 0) for name, strategy in (*STRATEGIES.items(), ("mixed", MIXED))
     ]
@@ -83,16 +83,10 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory, project_root: P
     lines += [(words("galore-again", *STRATEGIES["galore"], *TWO), STOPPED, EXIT_TERMINATED)]
     lines += [(words("galore-again", *STRATEGIES["galore"], *TWO), None, 0)]
     lines += [(words("full_disk", "strategy=full", *TWO, steps=2), FULL_DISK, EXIT_DISK_FULL)]
-    file = folder / "lines.json"
-    file.write_text(json.dumps([(line, what) for line, what, _ in lines]), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.sharded_runs", str(file)],
-        cwd=project_root, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(file.with_suffix(".0").read_text()) == [code for _, _, code in lines], done.stdout[-4000:]
-    for name, strategy in RESUMED.items():
-        assert main(words(f"{name}-121", *strategy, *ONE, steps=6)) == 0
+    on_two(train_all, lines, folder=folder)
+    with without_card():
+        for name, strategy in RESUMED.items():
+            assert main(words(f"{name}-121", *strategy, *ONE, steps=6)) == 0
     return folder
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 
 from lowrank_train.checkpoint import checkpoint_folder
 from tests.train.conftest import differences, rows_of, saved
+from tests.train.processes import train_on_two
 
 Run = Callable[..., Path]
 Q4 = ["strategy/storage=q4", "strategy.storage.min_elements=64", "strategy.storage.block_q4=32"]
@@ -32,15 +31,11 @@ def test_resumes_exactly(run: Run, when: str) -> None:
         assert rows_of(again)[step:] == rows_of(whole)[step:]
 
 
-def test_two_processes_are_one(run: Run, tiny: Callable[..., list[str]], project_root: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(run: Run, tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     """DDP over gloo. The order of the sums moves a few numbers over the middle of two codes: 1e-3 of the loss."""
     settings = [*GALORE, "data.packing=pad", "trainer.total_batch_size=8"]
     one = run("one", *settings, "trainer.batch_size=8")
-    words = tiny("two", *settings, "trainer.devices=2", "trainer.strategy=ddp")
-    done = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=project_root, capture_output=True, text=True, check=False, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    train_on_two(tiny("two", *settings), tmp_path)
     for a, b in zip(rows_of(one), rows_of(tmp_path / "two"), strict=True):
         assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-3)
     for folder in (one, tmp_path / "two"):

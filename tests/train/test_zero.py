@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +19,8 @@ from lowrank_train.optim.optimizer import TransformOptimizer
 from lowrank_train.optim.selection import slots_for
 from lowrank_train.train.zero import ZeroPrecision, update_stats, zero_strategy
 from tests.train.conftest import rows_of, saved
+from tests.train.zero_on_cpu import train_all_on_cpu
+from tests.two_processes import on_two
 
 # Adam's eps is large, for a small gradient's rounding is not to become an update's.
 SETTINGS = ["strategy.rest.eps=1e-3", "data.packing=pad", "trainer.steps=6", "trainer.total_batch_size=8",
@@ -34,7 +33,6 @@ FULL = ("strategy=full", "model.tie_word_embeddings=true", "model.activation_che
 def test_a_run_goes_on_under_zero_and_is_exported(
     run: Callable[..., Path],
     tiny: Callable[..., list[str]],
-    project_root: Path,
     tmp_path: Path,
     stage: int,
     strategy: tuple[str, ...],
@@ -46,16 +44,7 @@ def test_a_run_goes_on_under_zero_and_is_exported(
     start = checkpoint_folder(one / "checkpoints", 3)
     devices = [f"trainer.strategy=deepspeed_zero{stage}", "trainer.devices=2", "trainer.batch_size=4"]
     words = tiny("two", *settings, *devices, f"resume={start}")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.zero_on_cpu", "train", *words],
-        cwd=project_root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two(train_all_on_cpu, [(["train", *words], None, 0)], folder=tmp_path)
     assert_same(one, tmp_path / "two", 6)
     results = [json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8")) for name in ("one", "two")]
     for key in ("parameters", "trainable_parameters", "val_tokens"):

@@ -1,23 +1,20 @@
-"""Runs `train.py` under ZeRO on processors: Lightning's DeepSpeed wants GPUs, but DeepSpeed itself does not.
-
-python -m tests.train.zero_on_cpu WORDS
-"""
+"""Trains under ZeRO on processors: Lightning's DeepSpeed wants GPUs, but DeepSpeed itself does not."""
 
 from __future__ import annotations
 
 import importlib
 import os
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from lowrank_train import cli
 from lowrank_train.config import checks
 from lowrank_train.config.schema import RunConfig
 from lowrank_train.config.zero_checks import zero_faults, zero_stage
 from lowrank_train.train import machinery
 from lowrank_train.train.zero import ZeroStrategy
+from tests.train.sharded_runs import train_all
 
 
 class OnCpu(ZeroStrategy):
@@ -47,12 +44,8 @@ def on_cpu(config: RunConfig, device: Any) -> ZeroStrategy | None:
     return None if stage is None else OnCpu(stage, rows=rows, grad_clip=clip)
 
 
-def main(words: list[str]) -> int:
+def train_all_on_cpu(rank: int, lines: Sequence[tuple[list[str], str | None, int]]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     machinery.zero_strategy = on_cpu
     checks.zero_faults = lambda config: (fault for fault in zero_faults(config) if "GPUs only" not in fault)
-    return cli.main(words)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    train_all(rank, lines)

@@ -1,8 +1,4 @@
-"""Run as a program, twice: strategies on the flat shards of ZeRO, beside one process on all rows.
-
-python -m tests.train.zero_ranks FILE writes a line of JSON for each pair of a stage and a strategy's settings that is
-in the file.
-"""
+"""What each of two ranks does: strategies on the flat shards of ZeRO, beside one process on all rows."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import gc
 import importlib
 import json
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,9 @@ from lowrank_train.strategy import Strategy
 from lowrank_train.train.zero_shards import ShardOptimizer
 from lowrank_train.train.zero_weights import share_out_, whole_state_dict
 from tests.test_strategies import Toy, small
+from tests.two_processes import RANKS
 
-UPDATES, SAVED, ROWS, RANKS, MICRO_BATCHES, CLIP = 4, 2, 8, 2, 2, 0.5
+UPDATES, SAVED, ROWS, MICRO_BATCHES, CLIP = 3, 2, 8, 2, 0.5
 
 
 def built(settings: dict[str, Any]) -> tuple[Toy, TransformOptimizer]:
@@ -142,7 +139,8 @@ def difference(settings: dict[str, Any], stage: int) -> dict[str, Any]:
     }
 
 
-def main(file: Path) -> None:
+def main(rank: int, cases: Sequence[tuple[int, dict[str, Any]]], folder: Path) -> None:
+    """Stages with a strategy's settings; what is found of each goes into FOLDER/found0.json and found1.json."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     backend: Any = importlib.import_module("deepspeed.comm.torch")
@@ -150,12 +148,10 @@ def main(file: Path) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
-    for stage, settings in json.loads(file.read_text(encoding="utf-8")):
+    found = []
+    for stage, settings in cases:
         gc.freeze()  # DeepSpeed collects garbage for each engine, and would go through all that has been imported
-        print("result", json.dumps(difference(settings, stage)), flush=True)
+        found.append(difference(settings, stage))
+    (folder / f"found{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
