@@ -10,7 +10,6 @@ import lzma
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 from lowrank_train.config.errors import UserError
 from lowrank_train.data import files
 from lowrank_train.data.files import Truncated, expand, expand_braces, read_lines
+from tests.local_server import LocalServer
 
 LINES = [b"line %d %s\n" % (number, os.urandom(24).hex().encode()) for number in range(20_000)]
 
@@ -95,7 +95,7 @@ def test_compression(tmp_path: Path, name: str, compress: object) -> None:
             list(read_lines(str(path)))
 
 
-class FlakyServer:
+class FlakyServer(LocalServer):
     """An HTTP server whose answers fail by a script: with a status, or hanging up after so many bytes."""
 
     def __init__(self, content: bytes) -> None:
@@ -124,13 +124,7 @@ class FlakyServer:
                 self._head(200, len(content))
                 self.wfile.write(content[: int(fault.split()[1])] if fault else content)
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture
@@ -203,7 +197,8 @@ def test_offline_is_named() -> None:
 
 
 FAKE_HUB = """
-import gzip, http.server, json, os, sys, threading
+import gzip, http.server, json, os, sys
+from tests.local_server import LocalServer
 LINES = [b"line %d %s\\n" % (n, os.urandom(24).hex().encode()) for n in range(20000)]
 content = gzip.compress(b"".join(LINES))
 faults, asked = ["cut", "503", "cut"], []
@@ -227,9 +222,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if fault == "503":
             return self.answer(b"", 503)
         self.answer(rest[:150000] if fault else rest, 206 if first else 200, len(rest))
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": sys.argv[1], "HF_HUB_OFFLINE": "0"}
+os.environ |= {"HF_ENDPOINT": LocalServer(Hub).address, "HF_HOME": sys.argv[1], "HF_HUB_OFFLINE": "0"}
 from lowrank_train.data.files import read_lines
 assert list(read_lines("hf://datasets/allenai/c4/en/a.json.gz", start=5, revision="1588ec4")) == LINES[5:]
 assert not faults

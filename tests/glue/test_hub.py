@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +20,14 @@ from lowrank_train.cli import main
 from lowrank_train.data.glue.tasks import HUB_REPOSITORY, HUB_REVISION, TASKS
 from tests.data.glue_files import examples, write_tokenizer
 from tests.glue.conftest import result_of
+from tests.local_server import LocalServer
+from tests.train.conftest import without_card
 
 PINNED = "5e6c0b44f41e2fd3da2e5ba9a4a9a2ee3c1c8f0d"  # of the models; they have no other revision here
 TRAIN_ROWS, VALIDATION_ROWS = 24, 20
 
 
-class Hub:
+class Hub(LocalServer):
     """Repositories under `root` (models/NAME, datasets/NAME), each at one revision."""
 
     def __init__(self, root: Path) -> None:
@@ -69,13 +70,7 @@ class Hub:
                 if self.command == "GET":
                     self.wfile.write(content)
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture
@@ -133,7 +128,8 @@ def train(tmp_path: Path) -> Train:
             "trainer.batch_size=4", "trainer.accelerator=cpu", "strategy=full", f"output_dir={tmp_path}",
             f"run_name={name}", *more,
         ]  # fmt: skip
-        return main(words)
+        with without_card():
+            return main(words)
 
     return call
 

@@ -53,12 +53,12 @@ def test_every_wing_learns_what_a_word_says(
 
 
 def test_a_score_is_learnt_and_both_splits_of_mnli_are_evaluated(run: Run) -> None:
-    result = result_of(run("stsb", "stsb", "optim.lr=1e-2", "trainer.epochs=2"))
+    result = result_of(run("stsb", "stsb", "optim.lr=1e-2", "trainer.epochs=2", card=True))
     assert set(result["metrics"]["validation"]) == {"pearson", "spearman"}
     assert result["commonest_label_metrics"] is None and result["best_by"] == ["validation", "pearson"]
     # the scores are 4.25 and 1.5; nothing learnt would be the mean of their squares, 10.2
     assert result["val_loss"] < 5
-    folder = run("mnli", "mnli", "trainer.epochs=1")
+    folder = run("mnli", "mnli", "trainer.epochs=1", card=True)
     assert list(result_of(folder)["metrics"]) == ["validation_matched", "validation_mismatched"]
     assert {"val/matched/accuracy", "val/mismatched/accuracy"} <= set(rows_of(folder)[0])
 
