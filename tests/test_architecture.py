@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -53,8 +54,13 @@ def relative(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-def imports(file: Path) -> Iterator[tuple[str, bool]]:
+@functools.cache
+def imports(file: Path) -> tuple[tuple[str, bool], ...]:
     """Every dotted name that a file imports, also inside functions, and whether that happens at import time."""
+    return tuple(_imports(file))
+
+
+def _imports(file: Path) -> Iterator[tuple[str, bool]]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     package = file.relative_to(ROOT).with_suffix("").parts[:-1]
     lazy = {  # inside a function, or behind a condition such as TYPE_CHECKING

@@ -14,7 +14,7 @@ from torch import nn
 from lowrank_train.config import UserError, compose, instantiate, paths
 from lowrank_train.config.files import load_container
 from lowrank_train.config.paths import group_choices
-from lowrank_train.config.schema import StrategyConfig
+from lowrank_train.config.schema import ModelConfig, StrategyConfig
 from lowrank_train.models import meta_model
 from lowrank_train.nn.reparam import dense_state_dict
 from lowrank_train.optim.in_subspace import InSubspace
@@ -66,6 +66,11 @@ def configured(name: str) -> StrategyConfig:
     return compose([f"strategy={name}", "recipe=null", "task=explain"]).strategy
 
 
+@functools.cache
+def tiny_model() -> ModelConfig:
+    return compose(TINY_MODEL).model
+
+
 def small(config: StrategyConfig, **changes: Any) -> StrategyConfig:
     """The same strategy in numbers that fit the toy, so that it refreshes within three updates."""
     settings = {**vars(config), **changes}
@@ -112,7 +117,7 @@ def test_head_gives_paper_formula_and_parts(name: str) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategy_builds_on_a_llama(name: str) -> None:
-    model = meta_model(compose(TINY_MODEL).model, vocab_size=64)
+    model = meta_model(tiny_model(), vocab_size=64)
     strategy = Strategy.from_config(small(configured(name)))
     strategy.prepare(model)
     strategy.optimizer(model, lr=1e-3).initialize()
@@ -239,6 +244,6 @@ def test_a_whole_model_pattern_names_the_embedding_that_it_takes_in() -> None:
     assert {row.name for row in on_purpose.assignment(Toy()) if row.role == "projected"} >= {
         "model.embed_tokens.weight"
     }
-    head = meta_model(compose(TINY_MODEL).model, vocab_size=64)
+    head = meta_model(tiny_model(), vocab_size=64)
     with pytest.raises(UserError, match=r"lm_head\.weight, the head"):
         Strategy.from_config(small(config, select=["*_proj.weight", "lm*"])).prepare(head)

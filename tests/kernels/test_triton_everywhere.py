@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,8 +41,7 @@ def test_kernels_compile_for_every_card(tmp_path: Path) -> None:
     result = run(["-m", "tests.kernels.compile_kernels"], tmp_path, interpreted=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-8000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    launches = Counter(row["capability"] for row in rows)
-    assert set(launches) == {80, 89, 90} and len(set(launches.values())) == 1
+    assert {row["capability"] for row in rows} == {80, 89, 90}  # each with every kernel, which the program asserts
     assert not [row for row in rows if row["first"] and row["shared"] > row["limit"]]  # others are passed over then
 
 

@@ -62,10 +62,13 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=TOLERANCE[got.dtype]["rtol"], atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(  # the decay is of each number by itself, in whatever shape
+    ("shape", "decay", "decay_first"),
+    [(SHAPES[0], 0.0, True), (SHAPES[1], 0.1, True), (SHAPES[2], 0.1, False), (SHAPES[3], 0.0, True)],
+    ids=str,
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("decay", "decay_first"), [(0.0, True), (0.1, True), (0.1, False)])
 def test_back_projection_of_moments(
     shape: tuple[int, int, int], side: Side, dtype: torch.dtype, decay: float, decay_first: bool
 ) -> None:
@@ -115,7 +118,7 @@ def test_random_rounding(shape: tuple[int, int, int], side: Side) -> None:
     assert_same(*updated(param, first, basis, side=side, seed=2**61 + 3))
 
 
-@pytest.mark.parametrize(("columns", "group"), [(256, 256), (512, 256), (192, 64), (300, 256), (1024, 512)])
+@pytest.mark.parametrize(("columns", "group"), [(256, 256), (512, 256), (192, 64), (300, 256), (512, 512)])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", [None, 2**59 + 1])
