@@ -22,6 +22,7 @@ from lowrank_train.config.schema import RunConfig
 from lowrank_train.doctor import command, machine
 from lowrank_train.doctor.finding import Finding
 from lowrank_train.memory import host
+from tests.local_server import LocalServer
 
 Patch = pytest.MonkeyPatch
 
@@ -37,15 +38,12 @@ def hub(monkeypatch: Patch) -> Iterator[str]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Forbidden)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("HF_ENDPOINT", address)
+    server = LocalServer(Forbidden)
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    yield address
-    server.shutdown()
-    server.server_close()
+    yield server.address
+    server.close()
 
 
 def only(findings: Any) -> Finding:
