@@ -15,8 +15,9 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
-# Two processes, one thread each: a file's tests stay together, so that its fixtures are made once.
-PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+# Three processes, one thread each: two cores have work while one waits for its own processes. A file's tests stay
+# together, so that its fixtures are made once; files come in their order, not those of few, long tests last.
+PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo demo-glue test check lint format types gpu-test bench docs image clean
 

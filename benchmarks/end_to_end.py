@@ -132,8 +132,13 @@ def apollo_draws(model: nn.Module, rank: int) -> Callable[[str, int, Tensor], Te
     return draw
 
 
-def train(folder: Path, run: Run, *, published: bool, nudge: int = 0) -> tuple[list[float], float]:
-    """Losses of every update, and the evaluation loss at the end; from other initial weights for each `nudge` but 0."""
+def train(
+    folder: Path, run: Run, *, published: bool, nudge: int = 0, updates: int | None = None
+) -> tuple[list[float], float]:
+    """Losses of the first `updates` of a run, or of all, and the evaluation loss after them.
+
+    From other initial weights for each `nudge` but 0.
+    """
     settings = run.settings(folder)
     model, length = initial_model(settings["model"]), settings["seq"]
     if nudge:
@@ -149,7 +154,7 @@ def train(folder: Path, run: Run, *, published: bool, nudge: int = 0) -> tuple[l
     optim = prepared.optimizer
     train_blocks, losses = blocks(folder, "train_tokens.npy", length), []
     order = np.random.default_rng(0).permutation(len(train_blocks))
-    for update in range(settings["steps"]):
+    for update in range(updates or settings["steps"]):
         chosen = order[(update * settings["batch"] + np.arange(settings["batch"])) % len(order)]
         loss, targets = summed_loss(model, train_blocks[chosen])
         (loss / targets).backward()
