@@ -132,34 +132,34 @@ def test_the_head_of_a_classifier_goes_with_it(target: str, tmp_path: Path) -> N
     assert written["task_type"] == "SEQ_CLS" and "classifier" in written["modules_to_save"]
 
 
-@pytest.mark.parametrize("strategy", ["vera", "dora"])
 def test_from_the_command_line(
     run: Callable[..., Path],  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    strategy: str,
 ) -> None:
     first = run("first", "strategy=full", "trainer.steps=5")
     assert main(["export", f"run={first}", f"out={tmp_path / 'base'}"]) == 0
     capsys.readouterr()
     assert main(["export", f"run={first}", f"out={tmp_path / 'no'}", "adapter=true"]) == 2
     assert "has no adapters; leave out adapter=true" in capsys.readouterr().err
-    rank = ["strategy.weights.rank=4"] if strategy == "dora" else []
-    tuned = run("tuned", "model=hf", f"model.path={tmp_path / 'base'}", f"strategy={strategy}", *rank)
-    capsys.readouterr()
-    assert main(["export", f"run={tuned}", f"out={tmp_path / 'adapter'}", "adapter=true"]) == 0
-    assert "reloaded with PeftModel" in capsys.readouterr().out
-    assert main(["export", f"run={tuned}", f"out={tmp_path / 'merged'}"]) == 0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "adapter")("To be, or not to be")["input_ids"]])
-    before = base(input_ids=ids).logits.detach()
-    read = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    torch.testing.assert_close(read(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-5, rtol=0)
-    assert float((read(input_ids=ids).logits.detach() - before).abs().max()) > 1e-4
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
-    }  # fmt: skip
+    for words in (["strategy=vera"], ["strategy=dora", "strategy.weights.rank=4"]):
+        name = words[0].removeprefix("strategy=")
+        adapter, whole = tmp_path / f"{name} adapter", tmp_path / f"{name} merged"
+        tuned = run(name, "model=hf", f"model.path={tmp_path / 'base'}", *words, "trainer.steps=8")
+        capsys.readouterr()
+        assert main(["export", f"run={tuned}", f"out={adapter}", "adapter=true"]) == 0
+        assert "reloaded with PeftModel" in capsys.readouterr().out
+        assert main(["export", f"run={tuned}", f"out={whole}"]) == 0
+        merged = AutoModelForCausalLM.from_pretrained(whole)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        ids = torch.tensor([AutoTokenizer.from_pretrained(adapter)("To be, or not to be")["input_ids"]])
+        before = base(input_ids=ids).logits.detach()
+        read = peft.PeftModel.from_pretrained(base, adapter).eval()
+        torch.testing.assert_close(read(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-5, rtol=0)
+        assert float((read(input_ids=ids).logits.detach() - before).abs().max()) > 1e-4
+        assert {path.name for path in adapter.iterdir()} >= {
+            "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+        }  # fmt: skip
 
 
 def test_a_run_from_random_weights_has_no_base(

@@ -215,18 +215,20 @@ def one_of_each(groups: Mapping[str, Sequence[str]]) -> list[list[str]]:
 def test_every_choice_of_every_group_composes() -> None:
     """Groups whose choices do not restrict one another are tried at once; a fault names its key, file and line.
 
-    A trainer refuses some precisions, the recipes and the strategies choose for other groups: these come one by one,
-    without the recipes that test_glue_recipes.py and test_finetune_recipes.py compose.
+    A trainer refuses some precisions: it comes alone. Every strategy is composed by test_support.py, every recipe by
+    other tests here, in test_glue_recipes.py and in test_finetune_recipes.py.
     """
     groups = group_choices()
-    recipes, strategies, trainers = ({name: groups.pop(name)} for name in ("recipe", "strategy", "trainer"))
-    recipes["recipe"] = [name for name in recipes["recipe"] if not name.startswith(("glue/", "finetune/"))]
+    names = [name for name in groups.pop("recipe") if not name.startswith(("glue/", "finetune/"))]
+    assert sorted(names) == sorted(map(recipe_name, RECIPES))
+    del groups["strategy"]
+    trainers = {"trainer": groups.pop("trainer")}
     groups["launcher"].remove("slurm")
     with pytest.raises(UserError, match="add -m"):
         compose(["launcher=slurm", "strategy=full"])
     axes = {group: choices for group, choices in groups.items() if group.startswith("strategy/")}
     others = {group: choices for group, choices in groups.items() if group not in axes}
-    for words in itertools.chain.from_iterable(map(one_of_each, (recipes, strategies, trainers, axes, others))):
+    for words in itertools.chain.from_iterable(map(one_of_each, (trainers, axes, others))):
         config = compose([*words, *itertools.chain.from_iterable(NEEDED.get(word, []) for word in words)])
         for group, _, choice in (word.partition("=") for word in words):
             part = getattr(config.strategy, group.removeprefix("strategy/"), None)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowrank_train.kernels.affine import Affine, dequantize_affine, quantize_affine
+from lowrank_train.kernels.affine import Affine, dequantize_affine, empty_affine, quantize_affine
 from lowrank_train.kernels.int8_linear import int8_linear
 from lowrank_train.kernels.int8_update import int8_update_
 from lowrank_train.kernels.pieces import PIECE_ELEMENTS
@@ -55,7 +55,10 @@ class Int8Weight(Tensor):
     @classmethod
     def of(cls, values: Tensor, *, group: int = 256, published: bool = False) -> Self:
         """`values` to the nearest codes."""
-        made = quantize_affine(values, bits=8, group=group, published=published)
+        if values.is_meta:  # a plan builds hundreds, of which no number is computed
+            made = empty_affine(values.shape, bits=8, group=group, device=values.device)
+        else:
+            made = quantize_affine(values, bits=8, group=group, published=published)
         return cls((made.codes, made.scale, made.zero), values.shape, values.dtype, group, published)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -95,11 +96,21 @@ class RealRun:
                 state["refresh_at"] = 0
 
 
+@functools.cache
+def lived(case: str) -> tuple[RunConfig, FakeRun, RealRun]:
+    """A case on fake tensors, and with numbers before the first update."""
+    config = configured(*CASES[case], "model.hidden_size=256", "model.intermediate_size=688", "data.seq_len=64")
+    config.trainer.accelerator = "cpu"
+    return config, fake_run(config, VOCABULARY), RealRun(config)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_kept_is_planned_to_the_byte(case: str) -> None:
-    config = configured(*CASES[case])
-    plan, real = planned(config), RealRun(config)
+    config, run, real = lived(case)
     real.update()
+    with pytest.MonkeyPatch.context() as patch:  # the plan is made of this one
+        patch.setattr("lowrank_train.memory.plan.fake_run", lambda *_: run)
+        plan = planned(config)
     trained = [param for param in real.model.parameters() if param.requires_grad]
     state = {f"state.{kind}": count for kind, count in real.optimizer.state_bytes().items()}
     assert {kind: count for kind, count in plan.bytes.items() if kind.startswith("state.")} == state
@@ -117,9 +128,7 @@ def test_peak_of_an_update_is_what_the_profiler_measures(case: str) -> None:
     bytes a layer, which is 0.9 % of these small tensors. Where bases move, 3 %: LAPACK's workspace is not seen either.
     In bfloat16 no figure is at hand: oneDNN packs the factors of products on CPUs without units for it.
     """
-    config = configured(*CASES[case], "model.hidden_size=256", "model.intermediate_size=688", "data.seq_len=64")
-    config.trainer.accelerator = "cpu"
-    run, real = fake_run(config, VOCABULARY), RealRun(config)
+    _, run, real = lived(case)
     # Blocks that were allocated when nothing was measured would end unseen.
     for _ in range(2):
         peak_extra_bytes(real.update)
@@ -135,17 +144,17 @@ def peak_of(run: FakeRun, update: str) -> int:
     return max(count for phase, count in highest(run.watched).items() if phase.startswith(f"{update}: "))
 
 
-@pytest.mark.parametrize("case", ["full", "fira", "sst", "q8", "in_backward", "project_in_backward", "checkpointed"])
+@pytest.mark.parametrize("case", ["fira", "sst", "q8", "in_backward", "project_in_backward", "checkpointed"])
 def test_every_moment_is_linear_in_the_layers(case: str) -> None:
     runs = {
         depth: fake_run(configured(*CASES[case], f"model.num_hidden_layers={depth}"), VOCABULARY)
-        for depth in (SHALLOW, DEEPER, 7)
+        for depth in (SHALLOW, DEEPER, 6)
     }
-    found, whole = extrapolated(runs[SHALLOW], runs[DEEPER], 7), runs[7].watched
+    found, whole = extrapolated(runs[SHALLOW], runs[DEEPER], 6), runs[6].watched
     assert found.moments == whole.moments
     assert highest(found) == highest(whole)
     for segment, extent in found.segments.items():
-        names = {"first": "0", "second": "1", "last but one": "5", "last": "6"}
+        names = {"first": "0", "second": "1", "last but one": "4", "last": "5"}
         own = segment.tensor
         for place, number in names.items():
             own = own.replace(f".{place}.", f".{number}.")

@@ -83,7 +83,8 @@ def test_a_fold_changes_no_logit(method: Method) -> None:
 def test_resumes_exactly_at_any_step(method: Method, when: str) -> None:
     """Saved after every update, read back with weights_only=True into fresh objects.
 
-    They make the next update; those that begin after the first go on to the end, through every event.
+    They make the next update; those that begin after the first go on to the end, through every event. Both moments of
+    stepping come to the same states, as the next test shows: one resumes after odd updates, the other after even ones.
     """
     if method.weights.get("dropout"):
         pytest.skip("dropout draws from the global generator, whose state the run saves")
@@ -96,7 +97,7 @@ def test_resumes_exactly_at_any_step(method: Method, when: str) -> None:
         saved[step], expected[step] = file.getvalue(), copy.deepcopy(states(model, optimizer))
 
     train(model, strategy, optimizer, range(1, method.steps + 1), save)
-    for step in range(1, method.steps):
+    for step in (1, *range(2 if when == "in_backward" else 3, method.steps, 2)):
         again, strategy_again, optimizer_again = built(method, when=when)
         found = torch.load(BytesIO(saved[step]), weights_only=True)
         again.load_state_dict(found["model"])
@@ -127,7 +128,7 @@ def test_learns_in_every_dtype(method: Method) -> None:
     """The same few batches get easier: no dead start, nothing lost to a merge."""
     for dtype in method.dtypes:
         model, strategy, optimizer = built(method, dtype)
-        losses = train(model, strategy, optimizer, range(1, 3 * method.steps))
+        losses = train(model, strategy, optimizer, range(1, 2 * method.steps))
         assert all(torch.isfinite(torch.tensor(losses)))
         assert sum(losses[-3:]) < sum(losses[:3]) - 0.1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -17,7 +19,7 @@ from lowrank_train.adapter_files import base_model, read_adapter, write_adapter
 from lowrank_train.config import UserError, compose
 from lowrank_train.config.paths import ROOT
 from lowrank_train.config.peft_names import REFUSED, methods, options_of
-from lowrank_train.config.schema import RunConfig, StrategyConfig
+from lowrank_train.config.schema import ModelConfig, RunConfig, StrategyConfig
 from lowrank_train.data import load_tokenizer
 from lowrank_train.evaluate.loading import Trained
 from lowrank_train.models import build_model, meta_model
@@ -93,9 +95,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return compose(["strategy=full", "model=hf", f"model.path={folder}", f"data.tokenizer={TOKENIZER}", "recipe=null"])
 
 
-def base_of(config: RunConfig) -> PreTrainedModel:
+@functools.lru_cache(maxsize=1)
+def loaded(folder: str) -> PreTrainedModel:
     vocab = load_tokenizer(str(TOKENIZER)).vocab_size
-    return build_model(config.model, vocab_size=vocab, dtype=torch.float32, device="cpu", seed=config.seed)
+    model = ModelConfig(kind="hf", path=folder)
+    return build_model(model, vocab_size=vocab, dtype=torch.float32, device="cpu", seed=0)
+
+
+def base_of(config: RunConfig) -> PreTrainedModel:
+    assert config.model.path
+    return copy.deepcopy(loaded(config.model.path))
 
 
 def strategy_of(kind: str, options: dict[str, Any], **changes: Any) -> Strategy:

@@ -6,6 +6,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from lowrank_train.optim.owners import RowShards, rows_of
 from lowrank_train.optim.sharded_state import whole_state_dict
 from lowrank_train.strategy import Strategy
 from tests.optim.bytes_by_rank import members_of, state_bytes_by_rank
-from tests.optim.two_ranks import TINY, storage
-from tests.test_strategies import Toy, small
+from tests.optim.two_ranks import TINY, FewMatrices, storage
+from tests.test_strategies import small
 from tests.two_processes import RANKS
 from tests.yeses import yeses
 
@@ -76,16 +77,14 @@ def cases() -> Iterator[Case]:
         yield Case("galore", "project_in_backward", 2, storage=kept)
 
 
-class Scaled(Toy):
+class Scaled(FewMatrices):
     """With a parameter of a single number, of which the second rank has none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(1))
-        for layer in self.model["layers"].children():
-            mlp = layer.get_submodule("mlp")
-            assert isinstance(mlp, nn.ModuleDict)
-            mlp["up_proj"], mlp["down_proj"] = nn.Linear(12, 21, bias=False), nn.Linear(21, 12, bias=False)
+        self.set_submodule("model.layers.1.mlp.up_proj", nn.Linear(12, 21, bias=False))
+        self.set_submodule("model.layers.1.mlp.down_proj", nn.Linear(21, 12, bias=False))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens) * self.gain
@@ -185,12 +184,17 @@ class Run:
         found = {name: param.detach() for name, param in self.model.named_parameters()}
         return {name: (p.full_tensor() if isinstance(p, DTensor) else p.clone()) for name, p in found.items()}
 
+    def rows(self) -> dict[str, Tensor]:
+        """Of the weights, this rank's."""
+        found = {name: param.detach() for name, param in self.model.named_parameters()}
+        return {
+            name: p.to_local() if isinstance(p, DTensor) else p[rows_of(len(p), dist.get_rank(), RANKS)]
+            for name, p in found.items()
+        }
+
     def state(self) -> dict[str, Any]:
         """As one process has it, on every rank."""
-        told = [whole_state_dict(self.optimizer) if self.apart else self.optimizer.state_dict()]
-        dist.broadcast_object_list(told, src=0)
-        assert told[0] is not None
-        return told[0]
+        return of_rank(0, whole_state_dict(self.optimizer)) if self.apart else self.optimizer.state_dict()
 
     def load(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         for name, param in self.model.named_parameters():
@@ -206,43 +210,56 @@ def half(name: str, moment: Tensor) -> Tensor:
     return (torch.rand(moment.shape, generator=torch.Generator().manual_seed(len(name))) < 0.5).to(moment)
 
 
+def of_rank(source: int, known: Any) -> Any:
+    """What one rank knows, on every rank."""
+    told = [known]
+    dist.broadcast_object_list(told, src=source)
+    return told[0]
+
+
+def far(rows: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of weights in this rank's rows; it may have none of some."""
+    return max(float((rows[name] - value).abs().max()) for name, value in expected.items() if value.numel())
+
+
 def compared(case: Case, config: StrategyConfig, seen: list[int]) -> dict[str, Any]:
-    """How far sharded runs end from one process, and what they keep and say."""
+    """How far sharded runs end from one process in the rows of this rank, and what they keep and say.
+
+    Rank 0 is the one process; rank 1 goes on alone from what both have saved.
+    """
+    first, begins_anew = dist.get_rank() == 0, case.when == "after_backward"
     apart = Run(case, config, apart=True)
     said = apart.train(0, SAVED)
-    weights, state, kept = apart.weights(), apart.state(), sum(apart.optimizer.state_bytes().values())
+    state, kept = apart.state(), sum(apart.optimizer.state_bytes().values())
+    weights = apart.weights() if begins_anew else {}  # how it steps makes no difference to what is kept
     said += apart.train(SAVED, UPDATES)
     bytes_of_all: list[Any] = [None] * RANKS
     dist.all_gather_object(bytes_of_all, kept - apart.optimizer.state_bytes().get("shared", 0))
+    found: dict[str, Any] = {"said": said, "state": described(state), "bytes": bytes_of_all}
 
-    alone = Run(case, config, apart=False)
-    said_alone = alone.train(0, SAVED)
-    state_alone = alone.state()
-    ends = {}
-    if case.when == "after_backward":  # how it steps makes no difference to what is kept
-        again, taken_up = Run(case, config, apart=True), Run(case, config, apart=False)
-        again.load(alone.weights(), state_alone)
-        taken_up.load(weights, state)
-        for name, run in (("1 to 2", again), ("2 to 1", taken_up)):
-            run.train(SAVED, UPDATES)
-            ends[name] = run.weights()
-    said_alone += alone.train(SAVED, UPDATES)
-    ends |= {"2": apart.weights(), "1": alone.weights()}
-    length = max(float(value.abs().max()) for value in ends["1"].values())
-    found: dict[str, Any] = {
-        f"far {name}": max(float((value - ends["1"][key]).abs().max()) for key, value in end.items()) / length
-        for name, end in ends.items()
-    }
-    counted = Run(case, config, apart=False)
-    return found | {
-        "said": said,
-        "said alone": said_alone,
-        "state": described(state),
-        "state alone": described(state_alone),
-        "bytes": bytes_of_all,
-        "counted": state_bytes_by_rank(members_of(counted.optimizer), RANKS, case.rounding or "nearest"),
-        "largest round": max(seen, default=0),
-    }
+    alone, saved, ended = Run(case, config, apart=False), None, None
+    if first:
+        counted = state_bytes_by_rank(members_of(alone.optimizer), RANKS, case.rounding or "nearest")
+        said_alone = alone.train(0, SAVED)
+        saved = (alone.weights(), deepcopy(alone.state()))
+        said_alone += alone.train(SAVED, UPDATES)
+        ended = alone.weights()
+        found |= {"said alone": said_alone, "state alone": described(saved[1]), "counted": counted}
+    elif begins_anew:
+        alone.load(weights, state)
+        alone.train(SAVED, UPDATES)
+    saved, ended = of_rank(0, (saved, ended))
+    length = max(float(value.abs().max()) for value in ended.values())
+    expected = {name: value[rows_of(len(value), dist.get_rank(), RANKS)] for name, value in ended.items()}
+    found["far 2"] = far(apart.rows(), expected) / length
+    if begins_anew:
+        again = Run(case, config, apart=True)
+        again.load(*saved)
+        again.train(SAVED, UPDATES)
+        found["far 1 to 2"] = far(again.rows(), expected) / length
+        if not first:
+            found["far 2 to 1"] = far(alone.weights(), ended) / length
+    return found | {"largest round": max(seen, default=0)}
 
 
 def described(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +274,7 @@ def described(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(rank: int, configs: dict[str, dict[str, Any]], folder: Path) -> None:
-    """All cases, with the settings of their strategies; what is found goes into FOLDER/found.json."""
+    """All cases, with the settings of their strategies; what is found goes into FOLDER/found0.json and found1.json."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS,
         timeout=datetime.timedelta(seconds=60),
@@ -277,6 +294,5 @@ def main(rank: int, configs: dict[str, dict[str, Any]], folder: Path) -> None:
     for case in cases():
         seen.clear()
         found[str(case)] = compared(case, StrategyConfig(**configs[case.name]), seen)
-    if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    (folder / f"found{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()

@@ -24,7 +24,7 @@ from tests.optim import sharded_ranks
 from tests.optim.bytes_by_rank import state_bytes_by_rank
 from tests.optim.sharded_ranks import ROUND, UPDATES, Case, cases
 from tests.test_strategies import configured
-from tests.two_processes import on_two
+from tests.two_processes import RANKS, on_two
 
 GALORE = InSubspace(Svd(rank=3), Adam(), Backproject())
 SLOT = Slot("layer.weight", seed=1, phase=0.0, dtype=torch.float32)
@@ -82,24 +82,25 @@ def test_bytes_by_rank_are_those_of_the_formulas() -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one pair of processes has found, of all strategies."""
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of one pair of processes has found, of all strategies."""
     folder = tmp_path_factory.mktemp("sharded")
     configs = {name: dataclasses.asdict(configured(name)) for name in sorted({case.name for case in cases()})}
     on_two(sharded_ranks.main, configs, folder, folder=folder)
-    read: dict[str, Any] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
-    return read
+    of_ranks = [json.loads((folder / f"found{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+    return {case: [of_rank[case] for of_rank in of_ranks] for case in of_ranks[0]}
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=str)
-def test_two_processes_are_one(found: dict[str, Any], case: Case) -> None:
+def test_two_processes_are_one(found: dict[str, list[dict[str, Any]]], case: Case) -> None:
     """The same numbers in float64, over moves of the bases, a gradient that is not finite in one rank's rows, clipping
     and micro-batches; and from a state that one process saved on two, and the other way."""
-    seen = found[str(case)]
+    seen, second = found[str(case)]
     # means of two halves are added up in another order; 8-bit codes and float32 inside some rules may turn over at it
-    ways = [name for name in seen if name.startswith("far ")]
-    assert len(ways) == (4 if case.when == "after_backward" else 2)
-    assert all(seen[way] < 1e-6 for way in ways), {way: seen[way] for way in ways}
+    ways = {(rank, name): of[name] for rank, of in enumerate((seen, second)) for name in of if name.startswith("far ")}
+    assert len(ways) == (5 if case.when == "after_backward" else 2)  # both ranks, and rank 1 from 2 to 1
+    assert all(far < 1e-6 for far in ways.values()), ways
+    assert json.dumps(seen["said"]) == json.dumps(second["said"])
     for said, alone in zip(seen["said"], seen["said alone"], strict=True):
         for key, value in alone.items():
             assert said[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
@@ -112,8 +113,8 @@ def test_two_processes_are_one(found: dict[str, Any], case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=str)
-def test_state_is_that_of_one_process_and_lies_once(found: dict[str, Any], case: Case) -> None:
-    seen = found[str(case)]
+def test_state_is_that_of_one_process_and_lies_once(found: dict[str, list[dict[str, Any]]], case: Case) -> None:
+    seen, _ = found[str(case)]
     assert seen["state"] == seen["state alone"], "shapes, dtypes and integers of what is saved"
     if "active" not in str(seen["state"]):  # state that comes and goes is counted at its beginning
         assert seen["bytes"] == seen["counted"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from lowrank_train.cli import main
+from tests.train.conftest import without_card
 from tests.two_processes import SERVER, on_two
 
 
@@ -70,7 +71,8 @@ def _train_as(rank: int, words: list[str]) -> None:
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
     # Lightning has read it where it was imported, before this process had one; mypy forbids the assignment.
     setattr(rank_zero_only, "rank", rank)  # noqa: B010
-    assert main(words) == 0
+    with without_card():
+        assert main(words) == 0
 
 
 def _train(words: list[str], output: Connection) -> None:
